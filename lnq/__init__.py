@@ -1,0 +1,66 @@
+"""lnq: post-training compression of JAX models.
+
+A quantized model is the same parameter tree with some leaves replaced by
+:class:`~lnq.quantizer.QTensor`. Methods are modules (:mod:`lnq.riq`); a tree goes to a file with
+:func:`save` and comes back with :func:`load`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "FakeQuantTensor": "quantizer",
+    "QParams": "quantizer",
+    "QTensor": "quantizer",
+    "dequantize": "quantizer",
+    "FormatError": "container",
+    "info": "container",
+    "load": "container",
+    "save": "container",
+    "UnreachableError": "types",
+}
+_MODULES = (
+    "ans",
+    "calibration",
+    "checkpoint",
+    "container",
+    "distortion",
+    "quantizer",
+    "riq",
+    "tree",
+    "tuning",
+    "types",
+)
+
+__all__ = ["__version__", *_HOME, *_MODULES]
+
+if TYPE_CHECKING:
+    from lnq import (
+        ans,
+        calibration,
+        checkpoint,
+        container,
+        distortion,
+        quantizer,
+        riq,
+        tree,
+        tuning,
+        types,
+    )
+    from lnq.container import FormatError, info, load, save
+    from lnq.quantizer import FakeQuantTensor, QParams, QTensor, dequantize
+    from lnq.types import UnreachableError
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"lnq.{name}")
+    if name in _HOME:
+        return getattr(import_module(f"lnq.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'lnq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

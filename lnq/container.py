@@ -1,0 +1,535 @@
+"""The ``.lnq`` file: a whole parameter tree, quantized leaves entropy-coded, in one safetensors file.
+
+Any safetensors reader can list it. A leaf that is not quantized is a tensor of its own dtype; a
+coded one is a U8 blob: its grids in float32, then its rANS stream (:mod:`lnq.ans`). Leaves of
+fewer than 4096 codes share one stream, ``__shared__``; all streams share the tables in
+``__tables__``; ``__digest__`` is the SHA-256 of the file with the digest itself taken as zeros. The
+metadata key ``lnq`` holds canonical JSON that says the rest; ``docs/format.md`` gives every field.
+
+Loading never runs code from the file, and checks every length against the bytes that are there
+before it takes memory.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from lnq import ans, tree
+from lnq.quantizer import FakeQuantTensor, QParams, QTensor, is_quantized, narrow, quantize
+from lnq.types import Params, Progress
+
+__all__ = ["FileInfo", "FormatError", "LeafInfo", "info", "load", "save"]
+
+VERSION = 1
+SHARED_SIZE = 4096
+"""Leaves with fewer codes share a stream."""
+SEGMENT_SIZES = (256, 4096)
+"""Least and most symbols of a segment: enough to earn a class name, few enough for a lane."""
+NATIVE = {"BOOL": "bool", "BF16": "bfloat16"} | {
+    letter + str(bits): f"{kind}{bits}"
+    for letter, kind, widths in (("I", "int", 8), ("U", "uint", 8), ("F", "float", 16))
+    for bits in (8, 16, 32, 64)
+    if bits >= widths
+}
+"""Dtypes that safetensors has, by its names; a leaf of another one is kept as bytes."""
+SHARED, TABLES, DIGEST = "__shared__", "__tables__", "__digest__"
+UNSOUND = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What reading a malformed header or blob may raise."""
+
+
+class FormatError(ValueError):
+    """A file that is not a sound ``.lnq`` file."""
+
+
+class LeafInfo(NamedTuple):
+    """One row of :func:`info`.
+
+    Attributes:
+      path: Leaf name; ``(tables)`` and ``(header)`` for what belongs to none.
+      shape: Its shape.
+      dtype: The dtype it dequantizes to.
+      codes: The dtype of its codes; empty for a leaf stored as it is.
+      bytes: What it takes in the file; leaves that share a stream are charged by size.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    codes: str
+    bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the file per entry of this leaf."""
+        return 8.0 * self.bytes / max(1, math.prod(self.shape))
+
+
+class FileInfo(NamedTuple):
+    """What a file holds; its ``rows`` add up to its ``bytes``.
+
+    Attributes:
+      bytes: Size of the file.
+      weights: Entries of all leaves.
+      original_bytes: Those entries in the dtypes they dequantize to.
+      rows: One per leaf, the tables and the header last.
+    """
+
+    bytes: int
+    weights: int
+    original_bytes: int
+    rows: tuple[LeafInfo, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Everything in the file over all weights."""
+        return 8.0 * self.bytes / max(1, self.weights)
+
+    @property
+    def ratio(self) -> float:
+        """Size of the checkpoint in its own dtypes over the size of the file."""
+        return self.original_bytes / self.bytes
+
+
+def save(path: str | os.PathLike, qtree: Params, *, progress: Progress | None = None) -> int:
+    """Write a tree to a ``.lnq`` file, all or nothing.
+
+    Args:
+      path: Where to; a file that is already there survives a failure.
+      qtree: Dicts, lists, tuples, NNX states, dataclasses; leaves quantized or not. A
+        :class:`~lnq.quantizer.FakeQuantTensor` is rounded to its codes.
+      progress: Called after every coded leaf.
+
+    Returns:
+      Size of the file, bytes.
+
+    Raises:
+      ValueError: If a leaf is neither an array nor a Python number or string.
+
+    Example:
+      >>> import lnq
+      >>> size = lnq.save("/tmp/doc.lnq", {"bias": jnp.zeros(3), "steps": 7})
+      >>> lnq.load("/tmp/doc.lnq")
+      {'bias': Array([0., 0., 0.], dtype=float32), 'steps': 7}
+    """
+    tensors, header = _encode_tree(qtree, progress)
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, draft, metadata={"lnq": text})
+        with open(draft, "r+b") as file:
+            digest, place = _digest(file)
+            file.seek(place)
+            file.write(digest)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path.stat().st_size
+
+
+def load(
+    path: str | os.PathLike, like: Params | None = None, *, progress: Progress | None = None
+) -> Params:
+    """Read a ``.lnq`` file; codes are expanded on JAX's default device.
+
+    Args:
+      path: The file.
+      like: A tree of the structure to rebuild (an NNX state, a dataclass; arrays or shapes), its
+        leaves matched by name. Without it, what was a dict, list or tuple is one again, and any
+        other node is a dict.
+      progress: Called after every leaf.
+
+    Returns:
+      The tree, with :class:`~lnq.quantizer.QTensor` leaves where it had them.
+
+    Raises:
+      FormatError: If the file is not a sound ``.lnq`` file; the message names the leaf.
+      ValueError: If ``like`` has other leaves or other shapes than the file.
+    """
+    with _opened(path) as (file, header):
+        _verify(path)
+        leaves = _decode_leaves(path, file, header, progress)
+        skeleton = _skeleton(header["structure"])
+    names = {name for name, _ in tree.named_leaves(skeleton)}
+    if names != set(leaves):
+        raise FormatError(f"{path}: structure and leaves differ: {sorted(names ^ set(leaves))[:3]}")
+    if like is None:
+        return tree.map_named(lambda name, _: leaves[name], skeleton)
+    wanted = dict(tree.named_leaves(like))
+    if set(wanted) != names:
+        raise ValueError(f"like: other leaves than {path}: {sorted(set(wanted) ^ names)[:3]}")
+    for name, leaf in wanted.items():
+        if np.shape(leaf) != np.shape(leaves[name]):
+            raise ValueError(
+                f"like: {name!r} has shape {np.shape(leaf)}, in {path} {np.shape(leaves[name])}"
+            )
+    return tree.map_named(lambda name, _: leaves[name], like)
+
+
+def info(path: str | os.PathLike) -> FileInfo:
+    """What a file holds and where its bytes go, read from its header alone.
+
+    Raises:
+      FormatError: If the file is not an ``.lnq`` file.
+    """
+    with _opened(path) as (_, header), open(path, "rb") as raw:
+        listing, _ = _listing(raw)
+    sizes = {name: stop - start for name, (_, _, (start, stop)) in listing.items()}
+    entries = {
+        name: {"shape": shape, "dtype": NATIVE.get(dtype, dtype)} | header["leaves"].get(name, {})
+        for name, (dtype, shape, _) in listing.items()
+        if not name.startswith("__")
+    }
+    sharers = sum(math.prod(entry["shape"]) for entry in entries.values() if "offset" in entry)
+    rows = []
+    for name, entry in sorted(entries.items()):
+        shape, codes = tuple(entry["shape"]), entry.get("codes", "")
+        part = math.prod(shape) * sizes[SHARED] // sharers if "offset" in entry else 0
+        rows.append(LeafInfo(name, shape, entry["dtype"], codes, sizes[name] + part))
+    total = os.path.getsize(path)
+    weights = sum(math.prod(row.shape) for row in rows)
+    original = sum(math.prod(row.shape) * jnp.dtype(row.dtype).itemsize for row in rows)
+    rest = total - sizes[TABLES] - sum(row.bytes for row in rows)
+    rows.append(LeafInfo("(tables)", (), "uint8", "", sizes[TABLES]))
+    rows.append(LeafInfo("(header)", (), "uint8", "", rest))
+    return FileInfo(total, weights, original, tuple(rows))
+
+
+class _Layout(NamedTuple):
+    """How codes are cut: output channels moved to the front or not, symbols of a segment."""
+
+    moved: bool
+    segment: int
+
+
+def _layouts(shape: tuple[int, ...]) -> list[_Layout]:
+    """Segments along the rows as they are stored, and along the output channels."""
+    low, high = SEGMENT_SIZES
+
+    def segment(row: int) -> int:
+        return row * -(-low // row) if row < low else -(-row // -(-row // high))
+
+    last = [_Layout(False, segment(shape[-1]))]
+    return last + ([_Layout(True, segment(shape[-2]))] if len(shape) > 1 else [])
+
+
+def _cut(codes: np.ndarray, layout: _Layout) -> np.ndarray:
+    """Segments ``[segments, S]`` of an array's codes, zeros after the end."""
+    flat = (np.moveaxis(codes, -1, 0) if layout.moved else codes).ravel()
+    return np.pad(flat, (0, -len(flat) % layout.segment)).reshape(-1, layout.segment)
+
+
+def _best_cut(codes: np.ndarray) -> tuple[_Layout, np.ndarray]:
+    """The layout whose segments differ most in spread: about the cheapest to code by class."""
+
+    def log_spread(cut: tuple[_Layout, np.ndarray]) -> float:
+        return float(np.log2(np.abs(cut[1].astype(np.float32)).mean(1) + 0.3).mean())
+
+    cuts = [(layout, _cut(codes, layout)) for layout in _layouts(codes.shape)]
+    return min(cuts, key=log_spread)
+
+
+def _encode_tree(
+    qtree: Params, progress: Progress | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Tensors and header of a file."""
+    tensors: dict[str, np.ndarray] = {}
+    entries: dict[str, Any] = {}
+    coded: dict[str, QTensor] = {}
+    for name, leaf in tree.named_leaves(qtree):
+        if name.startswith("__"):
+            raise ValueError(f"save: leaf {name!r}: names that begin with '__' are reserved")
+        if is_quantized(leaf):
+            coded[name] = _hardened(leaf)
+        else:
+            _encode_plain(name, leaf, tensors, entries)
+    codes = {name: np.asarray(leaf.codes) for name, leaf in coded.items()}
+    small = [name for name in coded if codes[name].size < SHARED_SIZE]
+    cuts = {name: _best_cut(codes[name]) for name in coded if name not in small}
+    if sum(codes[name].size for name in small):
+        joined = np.concatenate([codes[name].ravel().astype(np.int32) for name in small])
+        kind = np.min_scalar_type(int(-np.abs(joined).max()) - 1)
+        layout = _Layout(False, SEGMENT_SIZES[0])
+        cuts[SHARED] = layout, _cut(joined.astype(kind), layout)
+    tables = ans.fit_tables([segments for _, segments in cuts.values()])
+    offset = 0
+    for name, leaf in coded.items():
+        grids = (leaf.qparams, *leaf.acts)
+        entries[name] = {
+            "shape": leaf.shape,
+            "dtype": jnp.dtype(leaf.dtype).name,
+            "codes": leaf.codes.dtype.name,
+            "grids": [None if grid is None else _grid_shapes(grid) for grid in grids],
+        }
+        fields = [np.asarray(x).astype("<f4").ravel() for x in jax.tree.leaves(grids)]
+        tensors[name] = np.concatenate(fields).view(np.uint8)
+        if name in small:
+            entries[name]["offset"] = offset
+            offset += leaf.size
+    for done, (name, (layout, segments)) in enumerate(cuts.items(), 1):
+        stream, blob = _encode_stream(segments, layout, tables)
+        entries.setdefault(name, {"dtype": segments.dtype.name, "size": offset}).update(stream)
+        tensors[name] = np.concatenate([tensors.get(name, np.zeros(0, np.uint8)), blob])
+        if progress:
+            progress(done, len(cuts), name)
+    tensors[TABLES] = np.frombuffer(ans.pack_tables(tables), np.uint8)
+    tensors[DIGEST] = np.zeros(32, np.uint8)
+    header = {"version": VERSION, "structure": _outline(qtree), "leaves": entries}
+    return tensors, header
+
+
+def _encode_stream(
+    segments: np.ndarray, layout: _Layout, tables: ans.Tables
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Header fields and bytes of a rANS stream."""
+    classes = ans.classify(segments, tables)
+    bits = ans.entropy_bits(ans.histogram(segments)[1])
+    per_lane = ans.lane_segments(bits, *segments.shape)
+    stream = ans.encode(segments, classes, tables, per_lane)
+    fields = {"segment": layout.segment, "per_lane": per_lane}
+    fields |= {"moved": True} if layout.moved else {}
+    fields |= {"escapes": len(stream.escapes)} if len(stream.escapes) else {}
+    return fields, np.frombuffer(ans.pack_stream(stream, tables), np.uint8)
+
+
+def _hardened(leaf: QTensor | FakeQuantTensor) -> QTensor:
+    if isinstance(leaf, QTensor):
+        return leaf
+    return narrow(replace(quantize(leaf.values, leaf.qparams), acts=leaf.acts, dtype=leaf.dtype))
+
+
+def _encode_plain(
+    name: str, leaf: Any, tensors: dict[str, np.ndarray], entries: dict[str, Any]
+) -> None:
+    """A leaf stored as it is: an array, a PRNG key, a Python number or string."""
+    if isinstance(leaf, bool | int | float | str):
+        entries[name] = {"value": leaf}
+        return
+    if jnp.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+        entries[name] = {"key": str(jax.random.key_impl(leaf))}
+        leaf = jax.random.key_data(leaf)
+    array = np.asarray(leaf)
+    if array.dtype == object:
+        raise ValueError(f"save: leaf {name!r} is a {type(leaf).__name__}, not an array or number")
+    if array.dtype.name not in NATIVE.values():
+        entries[name] = {"shape": array.shape, "dtype": array.dtype.name}
+        array = np.frombuffer(array.tobytes(), np.uint8)
+    tensors[name] = np.ascontiguousarray(array).reshape(array.shape)
+
+
+def _decode_leaves(
+    path: str | os.PathLike, file: Any, header: dict[str, Any], progress: Progress | None
+) -> dict[str, Any]:
+    """All leaves by name."""
+    entries, names = header["leaves"], list(file.keys())
+    leaves = {name: entry["value"] for name, entry in entries.items() if "value" in entry}
+    with _unsound(path, TABLES):
+        tables = ans.unpack_tables(file.get_tensor(TABLES).tobytes())
+        expanded = ans.decode_tables(tables)
+        shared = None
+        if SHARED in entries:
+            entry = entries[SHARED]
+            blob = file.get_tensor(SHARED).tobytes()
+            shared = _decode_stream(blob, entry["size"], entry["dtype"], entry, tables, expanded)
+            shared = np.asarray(shared)
+    stored = [name for name in names if not name.startswith("__")]
+    for done, name in enumerate(stored, 1):
+        with _unsound(path, name):
+            array, entry = file.get_tensor(name), entries.get(name, {})
+            if "codes" in entry:
+                leaves[name] = _decode_leaf(array, entry, tables, expanded, shared)
+            elif "key" in entry:
+                leaves[name] = jax.random.wrap_key_data(array, impl=entry["key"])
+            elif "dtype" in entry:
+                raw = np.frombuffer(array.tobytes(), jnp.dtype(entry["dtype"]))
+                leaves[name] = _on_device(raw.reshape(entry["shape"]))
+            else:
+                leaves[name] = _on_device(array)
+        if progress:
+            progress(done, len(stored), name)
+    return leaves
+
+
+def _decode_leaf(
+    blob: np.ndarray,
+    entry: Mapping[str, Any],
+    tables: ans.Tables,
+    expanded: ans.DecodeTables,
+    shared: np.ndarray | None,
+) -> QTensor:
+    shape = tuple(entry["shape"])
+    grids, used = _read_grids(blob.tobytes(), entry["grids"])
+    if "offset" in entry:
+        piece = shared[entry["offset"] :][: math.prod(shape)] if shared is not None else blob[:0]
+        codes = jnp.asarray(piece.reshape(shape), jnp.dtype(entry["codes"]))
+    else:
+        rest = blob[used:].tobytes()
+        flat = _decode_stream(rest, math.prod(shape), entry["codes"], entry, tables, expanded)
+        codes = _restore(flat, shape, bool(entry.get("moved")))
+    return QTensor(codes, grids[0], tuple(grids[1:]), jnp.dtype(entry["dtype"]))
+
+
+def _decode_stream(
+    data: bytes,
+    size: int,
+    dtype: str,
+    entry: Mapping[str, Any],
+    tables: ans.Tables,
+    expanded: ans.DecodeTables,
+) -> jax.Array:
+    """The first ``size`` symbols of a rANS stream, flat."""
+    segment, per_lane = entry["segment"], entry["per_lane"]
+    if not (size > 0 and segment > 0 and 0 < segment * per_lane <= ans.MAX_LANE):
+        raise ValueError(f"impossible sizes: {size}, {segment}, {per_lane}")
+    segments = -(-size // segment)
+    lanes = -(-segments // per_lane)
+    kind = jnp.dtype(dtype)
+    stream = ans.unpack_stream(data, tables, segments, lanes, entry.get("escapes", 0), kind)
+    return ans.decode(stream, expanded, segment, per_lane, kind).ravel()
+
+
+@partial(jax.jit, static_argnames=("shape", "moved"))
+def _restore(flat: jax.Array, shape: tuple[int, ...], moved: bool) -> jax.Array:
+    """Undo :func:`_cut`."""
+    flat = flat[: math.prod(shape)]
+    return jnp.moveaxis(flat.reshape(shape[-1:] + shape[:-1]), 0, -1) if moved else flat.reshape(shape)
+
+
+def _grid_shapes(grid: QParams) -> list[tuple[int, ...]]:
+    return [x.shape for x in jax.tree.leaves(grid)]
+
+
+def _read_grids(data: bytes, described: list[Any]) -> tuple[list[QParams | None], int]:
+    """Grids of a leaf from the start of its blob, and how many bytes they take."""
+    grids, used = [], 0
+    for shapes in described:
+        fields = []
+        for shape in shapes or ():
+            fields.append(np.frombuffer(data, "<f4", math.prod(shape), used).reshape(shape))
+            used += 4 * math.prod(shape)
+        grids.append(QParams(*map(jnp.asarray, fields)) if shapes else None)
+    return grids, used
+
+
+def _on_device(array: np.ndarray) -> Any:
+    """A JAX array, or the NumPy array itself where JAX would cut its dtype (64 bits)."""
+    return jnp.asarray(array) if jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype else array
+
+
+def _outline(node: Any) -> Any:
+    """Structure of a tree as JSON: dicts and lists as they are, a leaf 0, None null.
+
+    What JSON has no form for is a dict with one key: ``!tuple`` holds the entries, ``!dict`` pairs
+    of key and value. Any other node is the dict of its attributes.
+    """
+    if node is None:
+        return None
+    if isinstance(node, list):
+        return [_outline(x) for x in node]
+    if isinstance(node, tuple) and not hasattr(node, "_fields"):
+        return {"!tuple": [_outline(x) for x in node]}
+    children = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda x: x is not node)
+    if is_quantized(node) or any(child is node for _, child in children):
+        return 0
+    if [path for path, _ in children] == [(jax.tree_util.GetAttrKey("value"),)]:
+        return _outline(children[0][1])  # an NNX variable
+    pairs = [(_key(path[-1]), _outline(child)) for path, child in children]
+    if all(isinstance(key, str) and not key.startswith("!") for key, _ in pairs):
+        return dict(pairs)
+    return {"!dict": pairs}
+
+
+def _key(entry: Any) -> int | str:
+    """Key of one step of a path."""
+    for name in ("key", "name", "idx"):
+        if isinstance(key := getattr(entry, name, None), int | str):
+            return key
+    raise ValueError(f"save: {entry} is neither a string nor an integer; such a key has no place")
+
+
+def _skeleton(node: Any) -> Any:
+    """Undo :func:`_outline`, with zeros for leaves."""
+    if isinstance(node, list):
+        return [_skeleton(x) for x in node]
+    if not isinstance(node, dict):
+        return node
+    if list(node) == ["!tuple"]:
+        return tuple(_skeleton(x) for x in node["!tuple"])
+    pairs = node["!dict"] if list(node) == ["!dict"] else node.items()
+    return {key: _skeleton(child) for key, child in pairs}
+
+
+@contextmanager
+def _unsound(path: str | os.PathLike, name: str) -> Iterator[None]:
+    """Name the leaf in whatever goes wrong inside."""
+    try:
+        yield
+    except UNSOUND as error:
+        raise FormatError(f"{path}: {name}: {error}") from error
+
+
+@contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The safetensors file and its lnq header."""
+    with open(path, "rb"):  # a file that cannot be read is the system's error, not ours
+        pass
+    try:
+        file = safetensors.safe_open(path, framework="np")
+    except safetensors.SafetensorError as error:
+        raise FormatError(f"{path}: not an lnq file, or cut short: {error}") from error
+    with file, _unsound(path, "header"):
+        text = (file.metadata() or {}).get("lnq")
+        if text is None:
+            raise ValueError("a safetensors file, but not one of lnq's")
+        header = json.loads(text)
+        if header["version"] != VERSION:
+            raise ValueError(f"version {header['version']}; this lnq reads version {VERSION}")
+        if not isinstance(header["leaves"], dict) or TABLES not in file.keys():
+            raise ValueError("parts are missing")
+        yield file, header
+
+
+def _listing(file: BinaryIO) -> tuple[dict[str, tuple[str, list[int], tuple[int, int]]], int]:
+    """Dtype, shape and place of every tensor of a safetensors file, and where the data begin."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    tensors = {k: (v["dtype"], v["shape"], tuple(v["data_offsets"])) for k, v in header.items()}
+    return tensors, 8 + length
+
+
+def _digest(file: BinaryIO) -> tuple[bytes, int]:
+    """SHA-256 of a file with its digest taken as zeros, and where the digest stands."""
+    file.seek(0)
+    tensors, start = _listing(file)
+    place = start + tensors[DIGEST][2][0]
+    file.seek(0)
+    state = hashlib.sha256(file.read(place))
+    state.update(bytes(len(file.read(32))))
+    while chunk := file.read(1 << 20):
+        state.update(chunk)
+    return state.digest(), place
+
+
+def _verify(path: str | os.PathLike) -> None:
+    with open(path, "rb") as file, _unsound(path, DIGEST):
+        digest, place = _digest(file)
+        file.seek(place)
+        if file.read(32) != digest:
+            raise ValueError("the content is damaged, its digest does not match")

@@ -1,0 +1,231 @@
+r"""Affine quantization: real numbers as integer codes, and the leaves that hold them.
+
+.. math:: x \approx (q - \text{zero\_point}) \cdot \text{scale}, \qquad
+          q \in \{\text{qmin}, \dots, \text{qmax}\}
+
+A quantized model is the same parameter tree with some leaves replaced by :class:`QTensor`
+(integer codes) or, while a method is still searching, by :class:`FakeQuantTensor` (float values).
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+__all__ = [
+    "FakeQuantTensor",
+    "QParams",
+    "QTensor",
+    "dequantize",
+    "fake_quant",
+    "is_quantized",
+    "make_qparams",
+    "narrow",
+    "quantize",
+]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QParams:
+    """The grid of a quantized array.
+
+    Every field is a float32 array of the rank of the codes, and each of its dimensions divides
+    theirs: 1 is shared, n is one value per channel, n / g one value per group of g.
+
+    Attributes:
+      scale: Step size, value units; positive.
+      zero_point: The code of zero, code units; may be fractional.
+      qmin: Smallest code.
+      qmax: Largest code.
+      in_scale: Optional second factor of the step, along the contracting axes; value units are
+        those of ``scale * in_scale``.
+    """
+
+    scale: jax.Array
+    zero_point: jax.Array
+    qmin: jax.Array
+    qmax: jax.Array
+    in_scale: jax.Array | None = None
+
+    @property
+    def bits(self) -> jax.Array:
+        """Smallest fixed width that holds ``qmin .. qmax``; int32, shape of ``qmin``; bits."""
+        return jnp.frexp(self.qmax - self.qmin)[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QTensor:
+    """Integer codes and their grid: ``x ~ (codes - zero_point) * scale``.
+
+    The shape is that of the codes, so that ``vmap``, ``scan`` and sharding may slice it.
+
+    Attributes:
+      codes: Integers, any shape.
+      qparams: Their grid.
+      acts: Grids of the activations that meet this leaf, one per use, in forward order.
+      dtype: The dtype of the values; the only static field.
+    """
+
+    codes: jax.Array
+    qparams: QParams
+    acts: tuple[QParams | None, ...] = ()
+    dtype: Any = field(default=jnp.dtype("float32"), metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    @property
+    def size(self) -> int:
+        return self.codes.size
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FakeQuantTensor:
+    """Float values that are rounded to their grid when used, with gradients to both.
+
+    Attributes:
+      values: Floats, any shape.
+      qparams: Their grid.
+      acts: As in :class:`QTensor`.
+      dtype: The dtype of the rounded values; the only static field.
+    """
+
+    values: jax.Array
+    qparams: QParams
+    acts: tuple[QParams | None, ...] = ()
+    dtype: Any = field(default=jnp.dtype("float32"), metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def size(self) -> int:
+        return self.values.size
+
+
+def is_quantized(leaf: Any) -> bool:
+    """Whether ``leaf`` is a :class:`QTensor` or a :class:`FakeQuantTensor`."""
+    return isinstance(leaf, QTensor | FakeQuantTensor)
+
+
+def make_qparams(
+    scale: ArrayLike,
+    *,
+    qmin: ArrayLike,
+    qmax: ArrayLike,
+    zero_point: ArrayLike = 0.0,
+    in_scale: ArrayLike | None = None,
+) -> QParams:
+    """Collect a grid: float32 fields, each raised to the rank of the largest.
+
+    Example:
+      >>> qparams = make_qparams(0.5 * jnp.ones((1, 8)), qmin=-8, qmax=7)
+      >>> qparams.qmin.shape, int(qparams.bits[0, 0])
+      ((1, 1), 4)
+    """
+    given = [scale, zero_point, qmin, qmax] + ([] if in_scale is None else [in_scale])
+    fields = [jnp.asarray(x, jnp.float32) for x in given]
+    rank = max(x.ndim for x in fields)
+    return QParams(*(x.reshape((1,) * (rank - x.ndim) + x.shape) for x in fields))
+
+
+def quantize(x: jax.Array, qparams: QParams, dtype: DTypeLike = jnp.int32) -> QTensor:
+    """Round ``x`` to the nearest code, ties to even, and clip to the range.
+
+    Args:
+      x: Values, any float dtype; NaN is not a number to this function either.
+      qparams: The grid.
+      dtype: Integer dtype of the codes; the caller sees to it that ``qmin .. qmax`` fits.
+
+    Example:
+      >>> x = jnp.array([-1.0, 0.26, 0.74, 9.0])
+      >>> quantize(x, make_qparams([0.5], qmin=-8, qmax=7)).codes
+      Array([-2,  1,  1,  7], dtype=int32)
+    """
+    levels = jnp.round(_levels(x, qparams))
+    codes = jnp.clip(levels, _expand(qparams.qmin, x.shape), _expand(qparams.qmax, x.shape))
+    return QTensor(codes.astype(dtype), qparams, dtype=x.dtype)
+
+
+def fake_quant(x: jax.Array, qparams: QParams) -> jax.Array:
+    """Quantize and dequantize, with gradients that training and searching can use.
+
+    The rounding passes gradients straight through, so ``x`` receives them inside the range only,
+    and ``scale`` and ``zero_point`` receive those of the learned step size: ``round(x/s) - x/s``
+    inside, the clipped level outside. (Esser et al., *Learned Step Size Quantization*, 2020.)
+
+    Example:
+      >>> qparams = make_qparams([0.5], qmin=-8, qmax=7)
+      >>> jax.grad(lambda x: fake_quant(x, qparams).sum())(jnp.array([0.3, 9.0]))
+      Array([1., 0.], dtype=float32)
+    """
+    levels = _levels(x, qparams)
+    rounded = levels + jax.lax.stop_gradient(jnp.round(levels) - levels)
+    codes = jnp.clip(rounded, _expand(qparams.qmin, x.shape), _expand(qparams.qmax, x.shape))
+    return _values(codes, qparams).astype(x.dtype)
+
+
+def dequantize(qtree: Any) -> Any:
+    """Replace every quantized leaf of a tree by its float array; other leaves stay.
+
+    Example:
+      >>> leaf = quantize(jnp.array([0.3, 1.2]), make_qparams([0.5], qmin=-8, qmax=7))
+      >>> dequantize({"kernel": leaf, "bias": 3})
+      {'bias': 3, 'kernel': Array([0.5, 1. ], dtype=float32)}
+    """
+
+    def leaf(x: Any) -> Any:
+        if isinstance(x, QTensor):
+            return _values(x.codes.astype(jnp.float32), x.qparams).astype(x.dtype)
+        return fake_quant(x.values, x.qparams).astype(x.dtype) if is_quantized(x) else x
+
+    return jax.tree.map(leaf, qtree, is_leaf=is_quantized)
+
+
+def narrow(leaf: QTensor) -> QTensor:
+    """Store the codes in the smallest of int8, int16 and int32 that holds their range.
+
+    The result's dtype depends on values, so this one does not work under ``jit``.
+    """
+    low, high = leaf.qparams.qmin.min(), leaf.qparams.qmax.max()
+    for dtype in (jnp.int8, jnp.int16, jnp.int32):
+        if jnp.iinfo(dtype).min <= low and high <= jnp.iinfo(dtype).max:
+            return replace(leaf, codes=leaf.codes.astype(dtype))
+    raise ValueError(f"narrow: codes in {low} .. {high} do not fit int32; use a larger scale")
+
+
+def _expand(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Repeat the groups of a field of a grid, so that it broadcasts against the codes."""
+    if x.ndim != len(shape) or any(n % m for m, n in zip(x.shape, shape, strict=True)):
+        raise ValueError(
+            f"qparams: a field of shape {x.shape} does not fit codes of shape {shape}; "
+            "it must have the same rank, and each dimension must divide that of the codes"
+        )
+    for axis, (groups, size) in enumerate(zip(x.shape, shape, strict=True)):
+        if groups not in (1, size):
+            x = jnp.repeat(x, size // groups, axis)
+    return x
+
+
+def _step(qparams: QParams, shape: tuple[int, ...]) -> jax.Array:
+    step = _expand(qparams.scale, shape)
+    return step if qparams.in_scale is None else step * _expand(qparams.in_scale, shape)
+
+
+def _levels(x: jax.Array, qparams: QParams) -> jax.Array:
+    """Real-valued codes, at least float32."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    step, zero_point = _step(qparams, x.shape), _expand(qparams.zero_point, x.shape)
+    return x.astype(dtype) / step.astype(dtype) + zero_point.astype(dtype)
+
+
+def _values(codes: jax.Array, qparams: QParams) -> jax.Array:
+    zero_point = _expand(qparams.zero_point, codes.shape).astype(codes.dtype)
+    return (codes - zero_point) * _step(qparams, codes.shape).astype(codes.dtype)
