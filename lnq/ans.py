@@ -314,7 +314,7 @@ def decode(
 
 
 def pack_stream(stream: Stream, tables: Tables) -> bytes:
-    """Little-endian bytes of a stream: class names, lengths but the last, states, words, escapes."""
+    """Little-endian bytes: class names, lengths but the last, states, words, escapes."""
     width = (len(tables.freqs) - 1).bit_length()
     names = np.packbits(stream.classes[:, None] >> np.arange(width) & 1, bitorder="little")
     parts = [names, stream.lengths[:-1], stream.states, stream.words, stream.escapes]

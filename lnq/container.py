@@ -1,4 +1,4 @@
-"""The ``.lnq`` file: a whole parameter tree, quantized leaves entropy-coded, in one safetensors file.
+"""The ``.lnq`` file: a parameter tree, quantized leaves entropy-coded, in one safetensors file.
 
 Any safetensors reader can list it. A leaf that is not quantized is a tensor of its own dtype; a
 coded one is a U8 blob: its grids in float32, then its rANS stream (:mod:`lnq.ans`). Leaves of
@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -408,7 +407,9 @@ def _decode_stream(
 def _restore(flat: jax.Array, shape: tuple[int, ...], moved: bool) -> jax.Array:
     """Undo :func:`_cut`."""
     flat = flat[: math.prod(shape)]
-    return jnp.moveaxis(flat.reshape(shape[-1:] + shape[:-1]), 0, -1) if moved else flat.reshape(shape)
+    return (
+        jnp.moveaxis(flat.reshape(shape[-1:] + shape[:-1]), 0, -1) if moved else flat.reshape(shape)
+    )
 
 
 def _grid_shapes(grid: QParams) -> list[tuple[int, ...]]:
@@ -429,7 +430,9 @@ def _read_grids(data: bytes, described: list[Any]) -> tuple[list[QParams | None]
 
 def _on_device(array: np.ndarray) -> Any:
     """A JAX array, or the NumPy array itself where JAX would cut its dtype (64 bits)."""
-    return jnp.asarray(array) if jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype else array
+    return (
+        jnp.asarray(array) if jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype else array
+    )
 
 
 def _outline(node: Any) -> Any:
@@ -500,7 +503,7 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, dict[str, Any]]]:
         header = json.loads(text)
         if header["version"] != VERSION:
             raise ValueError(f"version {header['version']}; this lnq reads version {VERSION}")
-        if not isinstance(header["leaves"], dict) or TABLES not in file.keys():
+        if not isinstance(header["leaves"], dict) or TABLES not in set(file.keys()):
             raise ValueError("parts are missing")
         yield file, header
 

@@ -138,7 +138,7 @@ def norm_rule(n: ArrayLike, k: ArrayLike, eps0: ArrayLike) -> jax.Array:
 
     Example:
       >>> norm_rule(2400, 100.0, 0.0)  # sqrt(100)/100 squared
-      Array(0.01, dtype=float32, weak_type=True)
+      Array(0.01, dtype=float32)
     """
     return (eps0 + jnp.sqrt(jnp.asarray(n, float) / 24.0) / k) ** 2
 
@@ -171,7 +171,7 @@ def step_size(
 
     Example:
       >>> step_size(2.0, 600, k=100.0, eps0=0.01).round(6)  # 0.02 + 0.01 * 2 * 0.2
-      Array(0.024, dtype=float32, weak_type=True)
+      Array(0.024, dtype=float32)
     """
     return norm * jnp.sqrt(24.0 * rule(n, k, eps0) / n)
 
