@@ -470,7 +470,8 @@ def _pull(
         x = ((step >> 16) + 1) * (x >> precision) + (step & 0xFFFF)
         word = jnp.take(words, position, mode="clip").astype(jnp.uint32)
         short = x < STATE_MIN
-        return (jnp.where(short, x << 16 | word, x), position + short), slot.astype(jnp.uint16)
+        position = position + short.astype(position.dtype)
+        return (jnp.where(short, x << 16 | word, x), position), slot.astype(jnp.uint16)
 
     bases = classes.T.astype(jnp.uint32) << precision
     (states, ends), slots = jax.lax.scan(

@@ -2,7 +2,7 @@
 
 Any safetensors reader can list it. A leaf that is not quantized is a tensor of its own dtype; a
 coded one is a U8 blob: its grids in float32, then its rANS stream (:mod:`lnq.ans`). Leaves of
-fewer than 4096 codes share one stream, ``__shared__``; all streams share the tables in
+fewer than 65536 codes share one stream, ``__shared__``; all streams share the tables in
 ``__tables__``; ``__digest__`` is the SHA-256 of the file with the digest itself taken as zeros. The
 metadata key ``lnq`` holds canonical JSON that says the rest; ``docs/format.md`` gives every field.
 
@@ -17,7 +17,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -34,7 +33,7 @@ from lnq.types import Params, Progress
 __all__ = ["FileInfo", "FormatError", "LeafInfo", "info", "load", "save"]
 
 VERSION = 1
-SHARED_SIZE = 4096
+SHARED_SIZE = 1 << 16
 """Leaves with fewer codes share a stream."""
 SEGMENT_SIZES = (256, 4096)
 """Least and most symbols of a segment: enough to earn a class name, few enough for a lane."""
@@ -224,24 +223,29 @@ def _layouts(shape: tuple[int, ...]) -> list[_Layout]:
     def segment(row: int) -> int:
         return row * -(-low // row) if row < low else -(-row // -(-row // high))
 
-    last = [_Layout(False, segment(shape[-1]))]
-    return last + ([_Layout(True, segment(shape[-2]))] if len(shape) > 1 else [])
+    moved = [_Layout(True, segment(shape[-2]))] if len(shape) > 1 else []
+    return [_Layout(False, segment(shape[-1] if shape else 1)), *moved]
 
 
-def _cut(codes: np.ndarray, layout: _Layout) -> np.ndarray:
-    """Segments ``[segments, S]`` of an array's codes, zeros after the end."""
-    flat = (np.moveaxis(codes, -1, 0) if layout.moved else codes).ravel()
-    return np.pad(flat, (0, -len(flat) % layout.segment)).reshape(-1, layout.segment)
-
-
-def _best_cut(codes: np.ndarray) -> tuple[_Layout, np.ndarray]:
+def _best_layout(codes: np.ndarray) -> _Layout:
     """The layout whose segments differ most in spread: about the cheapest to code by class."""
+    if not codes.size:
+        return _Layout(False, 1)
 
-    def log_spread(cut: tuple[_Layout, np.ndarray]) -> float:
-        return float(np.log2(np.abs(cut[1].astype(np.float32)).mean(1) + 0.3).mean())
+    def log_spread(layout: _Layout) -> float:
+        segments = _cut(_flat(codes, layout.moved), layout.segment)
+        return float(np.log2(np.abs(segments.astype(np.float32)).mean(1) + 0.3).mean())
 
-    cuts = [(layout, _cut(codes, layout)) for layout in _layouts(codes.shape)]
-    return min(cuts, key=log_spread)
+    return min(_layouts(codes.shape), key=log_spread)
+
+
+def _flat(codes: np.ndarray, moved: bool) -> np.ndarray:
+    return (np.moveaxis(codes, -1, 0) if moved else codes).ravel()
+
+
+def _cut(flat: np.ndarray, segment: int) -> np.ndarray:
+    """Segments ``[segments, S]`` of a run of codes, zeros after the end."""
+    return np.pad(flat, (0, -len(flat) % segment)).reshape(-1, segment)
 
 
 def _encode_tree(
@@ -258,51 +262,62 @@ def _encode_tree(
             coded[name] = _hardened(leaf)
         else:
             _encode_plain(name, leaf, tensors, entries)
-    codes = {name: np.asarray(leaf.codes) for name, leaf in coded.items()}
-    small = [name for name in coded if codes[name].size < SHARED_SIZE]
-    cuts = {name: _best_cut(codes[name]) for name in coded if name not in small}
-    if sum(codes[name].size for name in small):
-        joined = np.concatenate([codes[name].ravel().astype(np.int32) for name in small])
-        kind = np.min_scalar_type(int(-np.abs(joined).max()) - 1)
-        layout = _Layout(False, SEGMENT_SIZES[0])
-        cuts[SHARED] = layout, _cut(joined.astype(kind), layout)
-    tables = ans.fit_tables([segments for _, segments in cuts.values()])
-    offset = 0
+    layouts = {name: _best_layout(np.asarray(leaf.codes)) for name, leaf in coded.items()}
+    segments, offsets = _segments(coded, layouts)
+    tables = ans.fit_tables(list(segments.values()))
     for name, leaf in coded.items():
-        grids = (leaf.qparams, *leaf.acts)
-        entries[name] = {
-            "shape": leaf.shape,
-            "dtype": jnp.dtype(leaf.dtype).name,
-            "codes": leaf.codes.dtype.name,
-            "grids": [None if grid is None else _grid_shapes(grid) for grid in grids],
-        }
-        fields = [np.asarray(x).astype("<f4").ravel() for x in jax.tree.leaves(grids)]
-        tensors[name] = np.concatenate(fields).view(np.uint8)
-        if name in small:
-            entries[name]["offset"] = offset
-            offset += leaf.size
-    for done, (name, (layout, segments)) in enumerate(cuts.items(), 1):
-        stream, blob = _encode_stream(segments, layout, tables)
-        entries.setdefault(name, {"dtype": segments.dtype.name, "size": offset}).update(stream)
+        entries[name], tensors[name] = _encode_grids(leaf)
+        entries[name] |= {"moved": True} if layouts[name].moved else {}
+        entries[name] |= {"offset": offsets[name]} if name in offsets else {}
+    for done, (name, cut) in enumerate(segments.items(), 1):
+        fields, blob = _encode_stream(cut, tables)
+        entries[name] = entries.get(name, {"dtype": cut.dtype.name, "size": cut.size}) | fields
         tensors[name] = np.concatenate([tensors.get(name, np.zeros(0, np.uint8)), blob])
         if progress:
-            progress(done, len(cuts), name)
+            progress(done, len(segments), name)
     tensors[TABLES] = np.frombuffer(ans.pack_tables(tables), np.uint8)
     tensors[DIGEST] = np.zeros(32, np.uint8)
-    header = {"version": VERSION, "structure": _outline(qtree), "leaves": entries}
-    return tensors, header
+    return tensors, {"version": VERSION, "structure": _outline(qtree), "leaves": entries}
 
 
-def _encode_stream(
-    segments: np.ndarray, layout: _Layout, tables: ans.Tables
-) -> tuple[dict[str, Any], np.ndarray]:
+def _segments(
+    coded: Mapping[str, QTensor], layouts: Mapping[str, _Layout]
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Segments of every stream, and where in the shared one each small leaf begins."""
+    segments: dict[str, np.ndarray] = {}
+    offsets: dict[str, int] = {}
+    small = [np.zeros(0, np.int8)]
+    for name, leaf in coded.items():
+        flat = _flat(np.asarray(leaf.codes), layouts[name].moved)
+        if len(flat) < SHARED_SIZE:
+            offsets[name] = sum(map(len, small))
+            small.append(flat)
+        else:
+            segments[name] = _cut(flat, layouts[name].segment)
+    joined = np.concatenate(small, dtype=np.result_type(*small), casting="unsafe")
+    return segments | ({SHARED: _cut(joined, SEGMENT_SIZES[0])} if joined.size else {}), offsets
+
+
+def _encode_grids(leaf: QTensor) -> tuple[dict[str, Any], np.ndarray]:
+    """Header fields of a leaf and the bytes of its grids."""
+    grids = (leaf.qparams, *leaf.acts)
+    entry = {
+        "shape": leaf.shape,
+        "dtype": jnp.dtype(leaf.dtype).name,
+        "codes": leaf.codes.dtype.name,
+        "grids": [grid and [x.shape for x in jax.tree.leaves(grid)] for grid in grids],
+    }
+    fields = [np.asarray(x).astype("<f4").ravel() for x in jax.tree.leaves(grids)]
+    return entry, np.concatenate(fields).view(np.uint8)
+
+
+def _encode_stream(segments: np.ndarray, tables: ans.Tables) -> tuple[dict[str, Any], np.ndarray]:
     """Header fields and bytes of a rANS stream."""
     classes = ans.classify(segments, tables)
     bits = ans.entropy_bits(ans.histogram(segments)[1])
     per_lane = ans.lane_segments(bits, *segments.shape)
     stream = ans.encode(segments, classes, tables, per_lane)
-    fields = {"segment": layout.segment, "per_lane": per_lane}
-    fields |= {"moved": True} if layout.moved else {}
+    fields = {"segment": segments.shape[1], "per_lane": per_lane}
     fields |= {"escapes": len(stream.escapes)} if len(stream.escapes) else {}
     return fields, np.frombuffer(ans.pack_stream(stream, tables), np.uint8)
 
@@ -341,7 +356,7 @@ def _decode_leaves(
     with _unsound(path, TABLES):
         tables = ans.unpack_tables(file.get_tensor(TABLES).tobytes())
         expanded = ans.decode_tables(tables)
-        shared = None
+        shared = np.zeros(0, np.int8)
         if SHARED in entries:
             entry = entries[SHARED]
             blob = file.get_tensor(SHARED).tobytes()
@@ -370,17 +385,17 @@ def _decode_leaf(
     entry: Mapping[str, Any],
     tables: ans.Tables,
     expanded: ans.DecodeTables,
-    shared: np.ndarray | None,
+    shared: np.ndarray,
 ) -> QTensor:
     shape = tuple(entry["shape"])
     grids, used = _read_grids(blob.tobytes(), entry["grids"])
     if "offset" in entry:
-        piece = shared[entry["offset"] :][: math.prod(shape)] if shared is not None else blob[:0]
-        codes = jnp.asarray(piece.reshape(shape), jnp.dtype(entry["codes"]))
+        piece = shared[entry["offset"] :][: math.prod(shape)]
+        codes = jnp.asarray(_unflat(piece, shape, entry), jnp.dtype(entry["codes"]))
     else:
         rest = blob[used:].tobytes()
         flat = _decode_stream(rest, math.prod(shape), entry["codes"], entry, tables, expanded)
-        codes = _restore(flat, shape, bool(entry.get("moved")))
+        codes = _unflat(flat, shape, entry)
     return QTensor(codes, grids[0], tuple(grids[1:]), jnp.dtype(entry["dtype"]))
 
 
@@ -403,17 +418,12 @@ def _decode_stream(
     return ans.decode(stream, expanded, segment, per_lane, kind).ravel()
 
 
-@partial(jax.jit, static_argnames=("shape", "moved"))
-def _restore(flat: jax.Array, shape: tuple[int, ...], moved: bool) -> jax.Array:
-    """Undo :func:`_cut`."""
+def _unflat(flat: Any, shape: tuple[int, ...], entry: Mapping[str, Any]) -> Any:
+    """Undo :func:`_flat`, of a NumPy or a JAX array."""
     flat = flat[: math.prod(shape)]
-    return (
-        jnp.moveaxis(flat.reshape(shape[-1:] + shape[:-1]), 0, -1) if moved else flat.reshape(shape)
-    )
-
-
-def _grid_shapes(grid: QParams) -> list[tuple[int, ...]]:
-    return [x.shape for x in jax.tree.leaves(grid)]
+    if entry.get("moved"):
+        return flat.reshape(shape[-1:] + shape[:-1]).transpose(*range(1, len(shape)), 0)
+    return flat.reshape(shape)
 
 
 def _read_grids(data: bytes, described: list[Any]) -> tuple[list[QParams | None], int]:
@@ -496,15 +506,16 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, dict[str, Any]]]:
         file = safetensors.safe_open(path, framework="np")
     except safetensors.SafetensorError as error:
         raise FormatError(f"{path}: not an lnq file, or cut short: {error}") from error
-    with file, _unsound(path, "header"):
-        text = (file.metadata() or {}).get("lnq")
-        if text is None:
-            raise ValueError("a safetensors file, but not one of lnq's")
-        header = json.loads(text)
-        if header["version"] != VERSION:
-            raise ValueError(f"version {header['version']}; this lnq reads version {VERSION}")
-        if not isinstance(header["leaves"], dict) or TABLES not in set(file.keys()):
-            raise ValueError("parts are missing")
+    with file:
+        with _unsound(path, "header"):
+            text = (file.metadata() or {}).get("lnq")
+            if text is None:
+                raise ValueError("a safetensors file, but not one of lnq's")
+            header = json.loads(text)
+            if header["version"] != VERSION:
+                raise ValueError(f"version {header['version']}; this lnq reads version {VERSION}")
+            if not isinstance(header["leaves"], dict) or TABLES not in set(file.keys()):
+                raise ValueError("parts are missing")
         yield file, header
 
 

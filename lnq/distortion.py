@@ -6,7 +6,12 @@ The measures take ``(reference, x)`` of equal shape.
 import jax
 import jax.numpy as jnp
 
-__all__ = ["cosine_distance", "kl", "l2_norm", "lp_error", "mse", "sqnr_db", "top1_agreement"]
+__all__ = ["cosine_distance", "kl", "l2_norm", "lp_error", "mse", "sqnr_db", "top1_agreement", "wide"]
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """``x`` as float64 if it is that, else as float32: no statistic is taken in less."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 def l2_norm(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
@@ -19,7 +24,7 @@ def l2_norm(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
       Array([[5.e+30],
              [0.e+00]], dtype=float32)
     """
-    x, keepdims = _wide(x), axes is not None
+    x, keepdims = wide(x), axes is not None
     largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0.0)
     squares = (x / jnp.where(largest == 0.0, 1.0, largest)) ** 2
     norm = largest * jnp.sqrt(jnp.sum(squares, axis=axes, keepdims=True))
@@ -33,7 +38,7 @@ def mse(reference: jax.Array, x: jax.Array) -> jax.Array:
 
 def lp_error(reference: jax.Array, x: jax.Array, p: float) -> jax.Array:
     """Mean of ``|reference - x| ** p``, value units to the power p."""
-    return jnp.mean(jnp.abs(_wide(reference) - _wide(x)) ** p)
+    return jnp.mean(jnp.abs(wide(reference) - wide(x)) ** p)
 
 
 def cosine_distance(reference: jax.Array, x: jax.Array) -> jax.Array:
@@ -58,7 +63,7 @@ def sqnr_db(reference: jax.Array, x: jax.Array) -> jax.Array:
       >>> sqnr_db(jnp.array([1.0, 1.0]), jnp.array([0.9, 1.1])).round(2)
       Array(20., dtype=float32)
     """
-    a, b = _wide(reference), _wide(x)
+    a, b = wide(reference), wide(x)
     return 10.0 * (jnp.log10(jnp.sum(a**2)) - jnp.log10(jnp.sum((a - b) ** 2)))
 
 
@@ -74,15 +79,11 @@ def kl(reference: jax.Array, x: jax.Array) -> jax.Array:
       >>> float(kl(jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.8, 0.2]]))))  # log 5/4
       0.22314...
     """
-    log_p, log_q = jax.nn.log_softmax(_wide(reference)), jax.nn.log_softmax(_wide(x))
+    log_p, log_q = jax.nn.log_softmax(wide(reference)), jax.nn.log_softmax(wide(x))
     return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1))
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _direction(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Unit vector, and whether ``x`` is zero."""
     norm = l2_norm(x)
-    return _wide(x) / jnp.where(norm == 0.0, 1.0, norm), norm == 0.0
+    return wide(x) / jnp.where(norm == 0.0, 1.0, norm), norm == 0.0

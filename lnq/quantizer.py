@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from lnq.distortion import wide
+
 __all__ = [
     "FakeQuantTensor",
     "QParams",
@@ -221,9 +223,9 @@ def _step(qparams: QParams, shape: tuple[int, ...]) -> jax.Array:
 
 def _levels(x: jax.Array, qparams: QParams) -> jax.Array:
     """Real-valued codes, at least float32."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    step, zero_point = _step(qparams, x.shape), _expand(qparams.zero_point, x.shape)
-    return x.astype(dtype) / step.astype(dtype) + zero_point.astype(dtype)
+    x = wide(x)
+    zero_point = _expand(qparams.zero_point, x.shape).astype(x.dtype)
+    return x / _step(qparams, x.shape).astype(x.dtype) + zero_point
 
 
 def _values(codes: jax.Array, qparams: QParams) -> jax.Array:

@@ -251,7 +251,7 @@ def quantize_array(
       ``w.shape[:stacked] + (1, ...)``; ``qmin`` and ``qmax`` are the codes' own.
     """
     axes = tuple(range(stacked, w.ndim))
-    x = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+    x = distortion.wide(w)
     n = _entries(x, axes) if ignore_zeros else prod(w.shape[stacked:])
     step = step_size(distortion.l2_norm(x, axes), n, k, eps0, rule).astype(x.dtype)
     q = jnp.round(x / jnp.where(step > 0.0, step, 1.0))
@@ -288,7 +288,7 @@ def quantize(
       The tree with :class:`~lnq.quantizer.QTensor` leaves.
 
     Raises:
-      ValueError: If no leaf is chosen.
+      ValueError: If no leaf is chosen or, outside ``jit``, a weight is not finite.
 
     Example:
       >>> w = jax.random.normal(jax.random.key(0), (64, 64))
@@ -296,6 +296,7 @@ def quantize(
       >>> round(float(qtree["kernel"].qparams.scale[0, 0]), 1)  # about |w| / k = 64 / 100
       0.6
     """
+    tree.check_finite(params)
     chosen = {name: axes for name, _, axes in _chosen(params, select, stacked)}
 
     def leaf(name: str, w: Any) -> Any:

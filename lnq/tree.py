@@ -70,7 +70,12 @@ def is_float(leaf: Any) -> bool:
 
 
 def check_finite(params: Params) -> None:
-    """Raise ``ValueError`` with the name of the first float leaf that holds NaN or infinity."""
+    """Raise ``ValueError`` with the name of the first float leaf that holds NaN or infinity.
+
+    Under ``jit`` there are no values to look at, and nothing is checked.
+    """
     for name, leaf in named_leaves(params):
-        if is_float(leaf) and not jnp.isfinite(leaf).all():
+        if isinstance(leaf, jax.core.Tracer) or not is_float(leaf):
+            continue
+        if not jnp.isfinite(leaf).all():
             raise ValueError(f"params: {name!r} holds NaN or infinity; nothing was quantized")

@@ -57,7 +57,7 @@ def run(target: Path, progress: Progress | None = None) -> Table:
     logits = jax.jit(demo.apply_fn)
     reference = logits(demo.variables, demo.images)
     table = Table("method", title="A ResNet on Fashion-MNIST", box=box.SIMPLE_HEAD)
-    for column in ("bytes", "bits/w", "vs f32", "vs zstd", "deviation", "accuracy"):
+    for column in ("bytes", "bits/w", "vs f32", "vs zstd", "deviation", "accuracy %"):
         table.add_column(column, justify="right")
     size = sum(w.nbytes for w in jax.tree.leaves(demo.variables))
     table.add_row("float32", f"{size:,}", "32.00", "", "", "", _accuracy(reference, demo.labels))
@@ -110,4 +110,4 @@ def _methods() -> dict[str, Any]:
 
 def _accuracy(logits: jax.Array, labels: np.ndarray) -> str:
     share = float((np.asarray(logits).argmax(-1) == labels).mean())
-    return f"{100 * share:.1f} ± {100 * sqrt(share * (1 - share) / len(labels)):.1f} %"
+    return f"{100 * share:.1f} ± {100 * sqrt(share * (1 - share) / len(labels)):.1f}"
