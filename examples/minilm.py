@@ -211,7 +211,7 @@ def compress(max_deviation: float, eps0: float, out: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--max-deviation", type=float, default=0.005)
-    parser.add_argument("--eps0", type=float, default=0.01)
+    parser.add_argument("--eps0", type=float, default=0.003, help="0.01 in the paper")
     parser.add_argument("--out", type=Path, default=Path("minilm.lnq"))
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     args = parser.parse_args()

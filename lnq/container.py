@@ -116,6 +116,7 @@ def save(path: str | os.PathLike, qtree: Params, *, progress: Progress | None = 
 
     Raises:
       ValueError: If a leaf is neither an array nor a Python number or string.
+      OSError: If the file cannot be written.
 
     Example:
       >>> import lnq
@@ -136,6 +137,8 @@ def save(path: str | os.PathLike, qtree: Params, *, progress: Progress | None = 
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
     finally:
         draft.unlink(missing_ok=True)
     return path.stat().st_size

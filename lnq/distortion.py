@@ -6,7 +6,16 @@ The measures take ``(reference, x)`` of equal shape.
 import jax
 import jax.numpy as jnp
 
-__all__ = ["cosine_distance", "kl", "l2_norm", "lp_error", "mse", "sqnr_db", "top1_agreement", "wide"]
+__all__ = [
+    "cosine_distance",
+    "kl",
+    "l2_norm",
+    "lp_error",
+    "mse",
+    "sqnr_db",
+    "top1_agreement",
+    "wide",
+]
 
 
 def wide(x: jax.Array) -> jax.Array:

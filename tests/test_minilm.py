@@ -43,3 +43,12 @@ def test_sentences_are_many_distinct_and_in_a_fixed_order():
     texts = minilm.sentences()
     assert len(texts) == len(set(texts)) >= 600
     assert texts == minilm.sentences()
+
+
+def test_the_compressed_model_is_as_small_as_promised_and_still_knows_words(tmp_path):
+    found = minilm.compress(0.005, 0.003, tmp_path / "minilm.lnq")
+    assert found["bits_per_weight_at_0.005"] <= 4.4
+    assert found["calibration_deviation"] < 0.005
+    assert found["evaluation_deviation"] < 0.0065
+    assert found["evaluations"] <= 14
+    assert found["wordsim353_compressed"] == pytest.approx(found["wordsim353_float"], abs=0.02)

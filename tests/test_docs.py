@@ -1,0 +1,51 @@
+"""What the documents show is what happens: code blocks run, printed output matches."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHOWN = re.compile(r"```python\n(.*?)```\n+```text\n(.*?)```", re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if SHOWN.search(p.read_text())], ids=lambda p: p.name)
+def test_code_on_a_page_prints_what_the_page_shows(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code, shown in SHOWN.findall(page.read_text()):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, names)
+        assert printed.getvalue().strip() == shown.strip()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_between_pages_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
+    for link in (link for link in links if "://" not in link):
+        assert (page.parent / link).exists(), link
+
+
+def test_every_public_name_has_its_line_in_the_docs():
+    import lnq
+
+    text = "".join(page.read_text() for page in PAGES)
+    for name in lnq.__all__:
+        assert re.search(rf"\b{name}\b", text), name
+
+
+def test_quickstart_notebook_runs_top_to_bottom(monkeypatch):
+    import nbclient
+    import nbformat
+
+    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": ROOT}}).execute()
+    printed = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
+    )
+    assert "bits per weight" in printed
