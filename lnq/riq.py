@@ -383,7 +383,8 @@ def leaf_rows(
     rows = []
     for name, q in tree.named_leaves(qtree):
         if _is_qtensor(q):
-            symbols, counts = ans.histogram(np.asarray(q.codes))
+            codes = np.asarray(q.codes)
+            symbols, counts = ans.histogram(codes)
             layer = q.codes.size // q.qparams.scale.size
             rows.append(
                 LeafRow(
@@ -393,7 +394,7 @@ def leaf_rows(
                     levels=len(symbols),
                     bits=int(q.qparams.bits.max()),
                     entropy_bits=ans.entropy_bits(counts) + 32.0 * len(symbols),
-                    cosine_distance=float(_leaf_distance(originals[name], q)),
+                    cosine_distance=_distance(originals[name], codes * np.asarray(q.qparams.scale)),
                     predicted=float(rule(layer, k, eps0)),
                 )
             )
@@ -527,7 +528,13 @@ def compress(
 
 
 _quantize_array = jax.jit(quantize_array, static_argnames=("rule", "stacked", "ignore_zeros"))
-_leaf_distance = jax.jit(lambda w, q: distortion.cosine_distance(w, dequantize(q)))
+
+
+def _distance(w: ArrayLike, x: np.ndarray) -> float:
+    """Cosine distance on the host, float64."""
+    a, b = (np.asarray(y).astype(np.float64).ravel() for y in (w, x))
+    norms = sqrt((a @ a) * (b @ b))
+    return 1.0 - (a @ b) / norms if norms else float(a.any() != b.any())
 
 
 def _is_qtensor(leaf: Any) -> bool:
@@ -648,7 +655,7 @@ def _finish(
     """The tree at k, and what a person wants to know about it."""
     qtree = jax.tree.map(
         lambda x: narrow(x) if _is_qtensor(x) else x,
-        method(params, jnp.float32(k)),
+        jax.jit(method)(params, jnp.float32(k)),
         is_leaf=_is_qtensor,
     )
     _, deviation, error = next(e for e in trace if e.k == k)

