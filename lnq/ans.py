@@ -162,7 +162,7 @@ def fit_tables(groups: Sequence[np.ndarray], max_classes: int = 64) -> Tables:
     if not groups:
         return zero
     segments = sum(map(len, groups))
-    stride = 1 + segments * len(alphabet) // (4 * CELLS)
+    stride = 1 + segments * len(alphabet) // CELLS
     sample = np.concatenate([_counts(group[::stride], alphabet) for group in groups])
     magnitude = np.abs(np.where(alphabet == ESCAPE, alphabet[-1], alphabet))
     order = np.argsort(sample @ magnitude / sample.sum(1), kind="stable")
@@ -297,13 +297,13 @@ def decode(
     ends = np.cumsum(stream.lengths, dtype=np.int64).astype(np.int32)
     classes = np.pad(stream.classes, (0, lanes * per_lane - count)).reshape(lanes, per_lane)
     symbols, states, positions = _pull(
-        _padded(stream.words),
+        _padded(stream.words, 1 << 12, octaves=1),
         ends - stream.lengths,
         stream.states,
         classes,
         tables.steps,
         tables.symbols,
-        _padded(stream.escapes) if stream.escapes.size else stream.escapes,
+        _padded(stream.escapes, 1 << 10 if stream.escapes.size else 0, octaves=4),
         precision=tables.precision,
         segment=segment,
         dtype=dtype,
@@ -545,7 +545,11 @@ def _refine(
 
 def _sums(counts: np.ndarray, member: np.ndarray, classes: int) -> np.ndarray:
     """Histogram of each class, ``[classes, symbols]``."""
-    return (member[:, None] == np.arange(classes)).astype(np.float64).T @ counts
+    order = np.argsort(member, kind="stable")
+    present, starts = np.unique(member[order], return_index=True)
+    sums = np.zeros((classes, counts.shape[1]))
+    sums[present] = np.add.reduceat(counts[order], starts)
+    return sums
 
 
 def _smoothed_costs(hists: np.ndarray, alphabet: np.ndarray) -> np.ndarray:
@@ -627,10 +631,12 @@ def _encode_pairs(tables: Tables, alphabet: np.ndarray) -> tuple[np.ndarray, np.
     return np.where(escaped, dense[:, :1], dense).astype(np.uint32), escaped
 
 
-def _padded(x: np.ndarray) -> np.ndarray:
-    """Zeros up to one of eight lengths per octave, so that few programs are compiled."""
-    grain = 1 << max(0, len(x).bit_length() - 4)
-    return np.pad(x, (0, (-len(x)) % grain + (len(x) == 0)))
+def _padded(x: np.ndarray, least: int, octaves: int) -> np.ndarray:
+    """Zeros up to one of few lengths, so that few programs are compiled."""
+    size = least
+    while size < len(x):
+        size <<= octaves
+    return np.pad(x, (0, size - len(x)))
 
 
 def _leb128(number: int) -> bytes:

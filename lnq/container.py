@@ -129,7 +129,10 @@ def save(path: str | os.PathLike, qtree: Params, *, progress: Progress | None = 
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        draft.touch()
+        mode = draft.stat().st_mode  # the user's default, which safetensors does not keep
         save_file(tensors, draft, metadata={"lnq": text})
+        draft.chmod(mode)
         with open(draft, "r+b") as file:
             digest, place = _digest(file)
             file.seek(place)

@@ -169,8 +169,11 @@ def fake_quant(x: jax.Array, qparams: QParams) -> jax.Array:
       Array([1., 0.], dtype=float32)
     """
     levels = _levels(x, qparams)
-    rounded = levels + jax.lax.stop_gradient(jnp.round(levels) - levels)
-    codes = jnp.clip(rounded, _expand(qparams.qmin, x.shape), _expand(qparams.qmax, x.shape))
+    qmin = _expand(qparams.qmin, x.shape).astype(levels.dtype)
+    qmax = _expand(qparams.qmax, x.shape).astype(levels.dtype)
+    # Not jnp.clip: at a tie it would halve the gradient, and whole codes tie often.
+    levels = jnp.where(levels <= qmin, qmin, jnp.where(levels >= qmax, qmax, levels))
+    codes = levels + jax.lax.stop_gradient(jnp.round(levels) - levels)
     return _values(codes, qparams).astype(x.dtype)
 
 
@@ -196,9 +199,9 @@ def narrow(leaf: QTensor) -> QTensor:
 
     The result's dtype depends on values, so this one does not work under ``jit``.
     """
-    low, high = leaf.qparams.qmin.min(), leaf.qparams.qmax.max()
+    low, high = int(leaf.qparams.qmin.min()), int(leaf.qparams.qmax.max())
     for dtype in (jnp.int8, jnp.int16, jnp.int32):
-        if jnp.iinfo(dtype).min <= low and high <= jnp.iinfo(dtype).max:
+        if jnp.iinfo(dtype).min <= low <= high <= jnp.iinfo(dtype).max:
             return replace(leaf, codes=leaf.codes.astype(dtype))
     raise ValueError(f"narrow: codes in {low} .. {high} do not fit int32; use a larger scale")
 
