@@ -28,8 +28,7 @@ from rich.table import Table
 
 import lnq
 from lnq.demo.data import read_fashion_mnist
-
-Params = dict[str, Any]
+from lnq.types import Params
 
 BATCH = 128
 CALIB = 512
@@ -69,12 +68,12 @@ class Data(NamedTuple):
 
 def load_data(folder: Path) -> Data:
     images, labels = read_fashion_mnist(folder, "train")
-    return Data(
-        images[:CALIB], images[CALIB:], labels[CALIB:], *read_fashion_mnist(folder, "t10k")
-    )
+    return Data(images[:CALIB], images[CALIB:], labels[CALIB:], *read_fashion_mnist(folder, "t10k"))
 
 
-apply_fn = jax.jit(VGG().apply)
+@jax.jit
+def apply_fn(params: Params, images: Any) -> Any:
+    return VGG().apply(params, images)
 
 
 def batches(data: Data, epochs: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -88,7 +87,7 @@ def batches(data: Data, epochs: int, seed: int) -> Iterator[tuple[np.ndarray, np
 
 
 def train(params: Params, mask: Params, data: Data, epochs: int, peak: float, seed: int) -> Params:
-    """Adam with one cycle of the learning rate up to ``peak``; where the mask is 0, nothing moves."""
+    """One cycle of Adam, its learning rate up to ``peak``; nothing moves where the mask is 0."""
     optimizer = optax.adam(
         optax.cosine_onecycle_schedule(epochs * (len(data.images) // BATCH), peak)
     )
@@ -96,8 +95,8 @@ def train(params: Params, mask: Params, data: Data, epochs: int, peak: float, se
     @jax.jit
     def step(params: Params, state: optax.OptState, x: jax.Array, y: jax.Array):
         def loss_fn(params: Params) -> jax.Array:
-            logits = VGG().apply(params, x)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+            losses = optax.softmax_cross_entropy_with_integer_labels(apply_fn(params, x), y)
+            return losses.mean()
 
         updates, state = optimizer.update(jax.grad(loss_fn)(params), state)
         return optax.apply_updates(params, jax.tree.map(jnp.multiply, updates, mask)), state
@@ -152,28 +151,28 @@ def compress(name: str, params: Params, data: Data, **options: Any) -> dict[str,
 
 def show(rows: list[dict[str, Any]], weights: int, zeros: float) -> None:
     """Print the results."""
-    console = Console()
     table = Table(
-        "net", "bytes", "ratio", "bits/weight", "deviation", "accuracy before", "after (%)",
-        title=f"{weights:,} weights, {4 * weights:,} bytes as float32; deviation on test images",
+        "net", "eps0", "bytes", "ratio", "bits", "deviation", "accuracy (%)", "compressed (%)",
+        title=f"{weights:,} weights, {4 * weights:,} bytes in float32, bound {MAX_DEVIATION}; "
+        "bits per weight; deviation and accuracy on test images",
+        caption=f"The pruned net's kernels hold {100.0 * zeros:.1f} % zeros.",
     )  # fmt: skip
     for row in rows:
         before, after = (
-            "{:.2f} ± {:.2f}".format(*(100.0 * x for x in row[f"accuracy_{when}"]))
-            for when in ("before", "after")
+            "{:.2f} ± {:.2f}".format(*(100.0 * x for x in row[when]))
+            for when in ("accuracy_before", "accuracy_after")
         )
-        options = ", ".join(f"{k} {row[k]}" for k in ("eps0", "ignore_zeros") if k in row)
         table.add_row(
-            f"{row['name']} {options}",
+            row["name"],
+            f"{row['eps0']}",
             f"{row['bytes']:,}",
             f"x{row['ratio']:.1f}",
             f"{row['bits_per_weight']:.3f}",
-            f"{row['test_deviation']:.5f}",
+            f"{row['test_deviation']:.4f}",
             before,
             after,
         )
-    console.print(table)
-    console.print(f"The pruned net's kernels hold {100.0 * zeros:.1f} % zeros.")
+    Console(width=110).print(table)
 
 
 def main() -> None:
@@ -195,8 +194,11 @@ def main() -> None:
     rows = []
     for eps0 in (0.01, 0.003):
         run = partial(compress, data=data, eps0=eps0)
-        rows.append(run("dense", dense))
-        rows += [run("pruned", pruned, ignore_zeros=flag) for flag in (False, True)]
+        rows += [
+            run("dense", dense),
+            run("pruned", pruned),
+            run("pruned, zeros ignored", pruned, ignore_zeros=True),
+        ]
     kernels = [w for w in jax.tree.leaves(pruned) if w.ndim > 1]
     zeros = sum(int((w == 0.0).sum()) for w in kernels) / sum(w.size for w in kernels)
     weights = sum(w.size for w in jax.tree.leaves(dense))

@@ -407,8 +407,10 @@ def unpack_tables(data: bytes) -> Tables:
                 gap, freq = next(numbers), next(numbers)
             symbols.append(symbols[-1] + gap)
             freqs.append(freq)
-        if sum(freqs) != 1 << precision or 0 in freqs or symbols[-1] >= 2**31:
+        if sum(freqs) != 1 << precision or 0 in freqs:
             raise ValueError("no tables: the frequencies of a class do not fill its slots")
+        if symbols != sorted(set(symbols)) or symbols[0] < ESCAPE or symbols[-1] >= 2**31:
+            raise ValueError("no tables: the symbols of a class are not distinct int32 in order")
         all_symbols.append(symbols)
         all_freqs.append(freqs)
     return Tables(

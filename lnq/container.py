@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from flax import nnx
 from safetensors.numpy import save_file
 
 from lnq import ans, tree
@@ -45,7 +46,15 @@ NATIVE = {"BOOL": "bool", "BF16": "bfloat16"} | {
 }
 """Dtypes that safetensors has, by its names; a leaf of another one is kept as bytes."""
 SHARED, TABLES, DIGEST = "__shared__", "__tables__", "__digest__"
-UNSOUND = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+UNSOUND = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    safetensors.SafetensorError,
+)
 """What reading a malformed header or blob may raise."""
 
 
@@ -166,15 +175,16 @@ def load(
       FormatError: If the file is not a sound ``.lnq`` file; the message names the leaf.
       ValueError: If ``like`` has other leaves or other shapes than the file.
     """
-    with _opened(path) as (file, header):
+    with _opened(path) as (file, structure, entries):
         _verify(path)
-        leaves = _decode_leaves(path, file, header, progress)
-        skeleton = _skeleton(header["structure"])
-    names = {name for name, _ in tree.named_leaves(skeleton)}
-    if names != set(leaves):
-        raise FormatError(f"{path}: structure and leaves differ: {sorted(names ^ set(leaves))[:3]}")
-    if like is None:
-        return tree.map_named(lambda name, _: leaves[name], skeleton)
+        leaves = _decode_leaves(path, file, entries, progress)
+    with _unsound(path, "structure"):
+        skeleton = _skeleton(structure)
+        names = {name for name, _ in tree.named_leaves(skeleton)}
+        if names != set(leaves):
+            raise ValueError(f"does not fit the leaves: {sorted(names ^ set(leaves))[:3]}")
+        if like is None:
+            return tree.map_named(lambda name, _: leaves[name], skeleton)
     wanted = dict(tree.named_leaves(like))
     if set(wanted) != names:
         raise ValueError(f"like: other leaves than {path}: {sorted(set(wanted) ^ names)[:3]}")
@@ -192,20 +202,19 @@ def info(path: str | os.PathLike) -> FileInfo:
     Raises:
       FormatError: If the file is not an ``.lnq`` file.
     """
-    with _opened(path) as (_, header), open(path, "rb") as raw:
+    with _opened(path) as (_, _, entries), open(path, "rb") as raw:
         listing, _ = _listing(raw)
     sizes = {name: stop - start for name, (_, _, (start, stop)) in listing.items()}
-    entries = {
-        name: {"shape": shape, "dtype": NATIVE.get(dtype, dtype)} | header["leaves"].get(name, {})
-        for name, (dtype, shape, _) in listing.items()
-        if not name.startswith("__")
-    }
-    sharers = sum(math.prod(entry["shape"]) for entry in entries.values() if "offset" in entry)
+    sharers = sum(math.prod(e["shape"]) for e in entries.values() if "offset" in e)
     rows = []
-    for name, entry in sorted(entries.items()):
-        shape, codes = tuple(entry["shape"]), entry.get("codes", "")
-        part = math.prod(shape) * sizes[SHARED] // sharers if "offset" in entry else 0
-        rows.append(LeafInfo(name, shape, entry["dtype"], codes, sizes[name] + part))
+    for name, (native, dims, _) in sorted(listing.items()):
+        if not name.startswith("__"):
+            entry = {"shape": tuple(dims), "dtype": NATIVE.get(native, native)}
+            entry |= entries.get(name, {})
+            shared = sizes.get(SHARED, 0) if "offset" in entry else 0
+            taken = sizes[name] + math.prod(entry["shape"]) * shared // max(sharers, 1)
+            names = [str(entry.get(field, "")) for field in ("dtype", "codes")]
+            rows.append(LeafInfo(name, entry["shape"], *names, taken))
     total = os.path.getsize(path)
     weights = sum(math.prod(row.shape) for row in rows)
     original = sum(math.prod(row.shape) * jnp.dtype(row.dtype).itemsize for row in rows)
@@ -268,7 +277,7 @@ def _encode_tree(
             coded[name] = _hardened(leaf)
         else:
             _encode_plain(name, leaf, tensors, entries)
-    layouts = {name: _best_layout(np.asarray(leaf.codes)) for name, leaf in coded.items()}
+    layouts = {name: _best_layout(_codes(name, leaf)) for name, leaf in coded.items()}
     segments, offsets = _segments(coded, layouts)
     tables = ans.fit_tables(list(segments.values()))
     for name, leaf in coded.items():
@@ -294,7 +303,7 @@ def _segments(
     offsets: dict[str, int] = {}
     small = [np.zeros(0, np.int8)]
     for name, leaf in coded.items():
-        flat = _flat(np.asarray(leaf.codes), layouts[name].moved)
+        flat = _flat(_codes(name, leaf), layouts[name].moved)
         if len(flat) < SHARED_SIZE:
             offsets[name] = sum(map(len, small))
             small.append(flat)
@@ -328,6 +337,14 @@ def _encode_stream(segments: np.ndarray, tables: ans.Tables) -> tuple[dict[str, 
     return fields, np.frombuffer(ans.pack_stream(stream, tables), np.uint8)
 
 
+def _codes(name: str, leaf: QTensor) -> np.ndarray:
+    """Codes on the host, in a dtype that NumPy can count with."""
+    bits = jnp.iinfo(leaf.codes.dtype).bits
+    if bits > 32 or leaf.codes.dtype == jnp.uint32:
+        raise ValueError(f"save: leaf {name!r} has {leaf.codes.dtype} codes; cast them to int32")
+    return np.asarray(leaf.codes if bits >= 8 else leaf.codes.astype(jnp.int8))
+
+
 def _hardened(leaf: QTensor | FakeQuantTensor) -> QTensor:
     if isinstance(leaf, QTensor):
         return leaf
@@ -345,110 +362,108 @@ def _encode_plain(
         entries[name] = {"key": str(jax.random.key_impl(leaf))}
         leaf = jax.random.key_data(leaf)
     array = np.asarray(leaf)
-    if array.dtype == object:
-        raise ValueError(f"save: leaf {name!r} is a {type(leaf).__name__}, not an array or number")
+    if not (jnp.issubdtype(array.dtype, np.number) or array.dtype == bool):
+        raise ValueError(f"save: leaf {name!r} is {type(leaf).__name__}, not an array of numbers")
+    array = array.astype(array.dtype.newbyteorder("="))
     if array.dtype.name not in NATIVE.values():
         entries[name] = {"shape": array.shape, "dtype": array.dtype.name}
         array = np.frombuffer(array.tobytes(), np.uint8)
     tensors[name] = np.ascontiguousarray(array).reshape(array.shape)
 
 
+class _Decoder(NamedTuple):
+    """What all coded leaves of a file need."""
+
+    tables: ans.Tables
+    expanded: ans.DecodeTables
+    shared: np.ndarray
+
+
 def _decode_leaves(
-    path: str | os.PathLike, file: Any, header: dict[str, Any], progress: Progress | None
+    path: str | os.PathLike, file: Any, entries: Mapping[str, Any], progress: Progress | None
 ) -> dict[str, Any]:
     """All leaves by name."""
-    entries, names = header["leaves"], list(file.keys())
-    leaves = {name: entry["value"] for name, entry in entries.items() if "value" in entry}
     with _unsound(path, TABLES):
         tables = ans.unpack_tables(file.get_tensor(TABLES).tobytes())
-        expanded = ans.decode_tables(tables)
-        shared = np.zeros(0, np.int8)
-        if SHARED in entries:
-            entry = entries[SHARED]
-            blob = file.get_tensor(SHARED).tobytes()
-            shared = _decode_stream(blob, entry["size"], entry["dtype"], entry, tables, expanded)
-            shared = np.asarray(shared)
-    stored = [name for name in names if not name.startswith("__")]
+        decoder = _Decoder(tables, ans.decode_tables(tables), np.zeros(0, np.int8))
+    if SHARED in entries:
+        with _unsound(path, SHARED):
+            entry, blob = entries[SHARED], file.get_tensor(SHARED).tobytes()
+            shared = _decode_stream(blob, entry["size"], entry["dtype"], entry, decoder)
+            decoder = decoder._replace(shared=np.asarray(shared))
+    leaves = {name: entry["value"] for name, entry in entries.items() if "value" in entry}
+    stored = [name for name in list(file.keys()) if not name.startswith("__")]
     for done, name in enumerate(stored, 1):
         with _unsound(path, name):
-            array, entry = file.get_tensor(name), entries.get(name, {})
-            if "codes" in entry:
-                leaves[name] = _decode_leaf(array, entry, tables, expanded, shared)
-            elif "key" in entry:
-                leaves[name] = jax.random.wrap_key_data(array, impl=entry["key"])
-            elif "dtype" in entry:
-                raw = np.frombuffer(array.tobytes(), jnp.dtype(entry["dtype"]))
-                leaves[name] = _on_device(raw.reshape(entry["shape"]))
-            else:
-                leaves[name] = _on_device(array)
+            leaves[name] = _decode_leaf(file.get_tensor(name), entries.get(name, {}), decoder)
         if progress:
             progress(done, len(stored), name)
     return leaves
 
 
-def _decode_leaf(
-    blob: np.ndarray,
-    entry: Mapping[str, Any],
-    tables: ans.Tables,
-    expanded: ans.DecodeTables,
-    shared: np.ndarray,
-) -> QTensor:
-    shape = tuple(entry["shape"])
-    grids, used = _read_grids(blob.tobytes(), entry["grids"])
+def _decode_leaf(array: np.ndarray, entry: Mapping[str, Any], decoder: _Decoder) -> Any:
+    if "codes" in entry:
+        return _decode_qtensor(array.tobytes(), entry, decoder)
+    if "key" in entry:
+        return jax.random.wrap_key_data(array, impl=entry["key"])
+    if "dtype" in entry:
+        array = np.frombuffer(array.tobytes(), entry["dtype"]).reshape(entry["shape"])
+    # NumPy's array itself where JAX would cut its dtype (64 bits).
+    exact = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
+    return jnp.asarray(array) if exact else array
+
+
+def _decode_qtensor(blob: bytes, entry: Mapping[str, Any], decoder: _Decoder) -> QTensor:
+    shape, size = entry["shape"], math.prod(entry["shape"])
+    grids, used = _read_grids(blob, shape, entry["grids"])
     if "offset" in entry:
-        piece = shared[entry["offset"] :][: math.prod(shape)]
-        codes = jnp.asarray(_unflat(piece, shape, entry), jnp.dtype(entry["codes"]))
+        flat = decoder.shared[entry["offset"] :][:size]
+        if used != len(blob) or len(flat) != size:
+            raise ValueError(f"{len(blob)} bytes and {len(flat)} codes do not make shape {shape}")
     else:
-        rest = blob[used:].tobytes()
-        flat = _decode_stream(rest, math.prod(shape), entry["codes"], entry, tables, expanded)
-        codes = _unflat(flat, shape, entry)
-    return QTensor(codes, grids[0], tuple(grids[1:]), jnp.dtype(entry["dtype"]))
+        flat = _decode_stream(blob[used:], size, entry["codes"], entry, decoder)
+    codes = jnp.asarray(_unflat(flat, shape, entry.get("moved", False)), entry["codes"])
+    return QTensor(codes, grids[0], tuple(grids[1:]), entry["dtype"])
 
 
 def _decode_stream(
-    data: bytes,
-    size: int,
-    dtype: str,
-    entry: Mapping[str, Any],
-    tables: ans.Tables,
-    expanded: ans.DecodeTables,
+    data: bytes, size: int, dtype: np.dtype, entry: Mapping[str, Any], decoder: _Decoder
 ) -> jax.Array:
-    """The first ``size`` symbols of a rANS stream, flat."""
+    """The symbols of a rANS stream, flat, with the zeros that fill its last segment."""
     segment, per_lane = entry["segment"], entry["per_lane"]
-    if not (size > 0 and segment > 0 and 0 < segment * per_lane <= ans.MAX_LANE):
-        raise ValueError(f"impossible sizes: {size}, {segment}, {per_lane}")
+    if not (size and segment and 0 < segment * per_lane <= ans.MAX_LANE):
+        raise ValueError(f"{size} symbols in segments of {segment}, {per_lane} per lane")
     segments = -(-size // segment)
     lanes = -(-segments // per_lane)
-    kind = jnp.dtype(dtype)
-    stream = ans.unpack_stream(data, tables, segments, lanes, entry.get("escapes", 0), kind)
-    return ans.decode(stream, expanded, segment, per_lane, kind).ravel()
+    kind = dtype if jnp.iinfo(dtype).bits >= 8 else jnp.dtype("int8")
+    escapes = entry.get("escapes", 0)
+    stream = ans.unpack_stream(data, decoder.tables, segments, lanes, escapes, kind)
+    return ans.decode(stream, decoder.expanded, segment, per_lane, kind).ravel()
 
 
-def _unflat(flat: Any, shape: tuple[int, ...], entry: Mapping[str, Any]) -> Any:
+def _unflat(flat: Any, shape: tuple[int, ...], moved: bool) -> Any:
     """Undo :func:`_flat`, of a NumPy or a JAX array."""
     flat = flat[: math.prod(shape)]
-    if entry.get("moved"):
+    if moved:
         return flat.reshape(shape[-1:] + shape[:-1]).transpose(*range(1, len(shape)), 0)
     return flat.reshape(shape)
 
 
-def _read_grids(data: bytes, described: list[Any]) -> tuple[list[QParams | None], int]:
+def _read_grids(
+    data: bytes, shape: tuple[int, ...], described: tuple[Any, ...]
+) -> tuple[list[QParams | None], int]:
     """Grids of a leaf from the start of its blob, and how many bytes they take."""
     grids, used = [], 0
-    for shapes in described:
+    for dims in described:
         fields = []
-        for shape in shapes or ():
-            fields.append(np.frombuffer(data, "<f4", math.prod(shape), used).reshape(shape))
-            used += 4 * math.prod(shape)
-        grids.append(QParams(*map(jnp.asarray, fields)) if shapes else None)
+        for dim in dims or ():
+            fields.append(np.frombuffer(data, "<f4", math.prod(dim), used).reshape(dim))
+            used += 4 * math.prod(dim)
+        grids.append(QParams(*map(jnp.asarray, fields)) if fields else None)
+    fits = [len(dim) == len(shape) for dim in described[0]]
+    if not all(fits):
+        raise ValueError(f"grids of shapes {described[0]} do not fit shape {shape}")
     return grids, used
-
-
-def _on_device(array: np.ndarray) -> Any:
-    """A JAX array, or the NumPy array itself where JAX would cut its dtype (64 bits)."""
-    return (
-        jnp.asarray(array) if jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype else array
-    )
 
 
 def _outline(node: Any) -> Any:
@@ -466,8 +481,8 @@ def _outline(node: Any) -> Any:
     children = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda x: x is not node)
     if is_quantized(node) or any(child is node for _, child in children):
         return 0
-    if [path for path, _ in children] == [(jax.tree_util.GetAttrKey("value"),)]:
-        return _outline(children[0][1])  # an NNX variable
+    if isinstance(node, nnx.Variable):
+        return _outline(children[0][1])
     pairs = [(_key(path[-1]), _outline(child)) for path, child in children]
     if all(isinstance(key, str) and not key.startswith("!") for key, _ in pairs):
         return dict(pairs)
@@ -504,8 +519,8 @@ def _unsound(path: str | os.PathLike, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The safetensors file and its lnq header."""
+def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, Any, dict[str, dict[str, Any]]]]:
+    """The safetensors file, and the structure and checked entries of its lnq header."""
     with open(path, "rb"):  # a file that cannot be read is the system's error, not ours
         pass
     try:
@@ -513,6 +528,7 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, dict[str, Any]]]:
     except safetensors.SafetensorError as error:
         raise FormatError(f"{path}: not an lnq file, or cut short: {error}") from error
     with file:
+        entries = {}
         with _unsound(path, "header"):
             text = (file.metadata() or {}).get("lnq")
             if text is None:
@@ -520,9 +536,72 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, dict[str, Any]]]:
             header = json.loads(text)
             if header["version"] != VERSION:
                 raise ValueError(f"version {header['version']}; this lnq reads version {VERSION}")
-            if not isinstance(header["leaves"], dict) or TABLES not in set(file.keys()):
-                raise ValueError("parts are missing")
-        yield file, header
+            structure, leaves = header["structure"], header["leaves"].items()
+            if TABLES not in set(file.keys()):
+                raise ValueError(f"{TABLES} is missing")
+        for name, entry in leaves:
+            with _unsound(path, name):
+                entries[name] = {field: _FIELDS[field](value) for field, value in entry.items()}
+        yield file, structure, entries
+
+
+def _natural(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is not a size")
+    return value
+
+
+def _dims(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r} is not a shape")
+    return tuple(map(_natural, value))
+
+
+def _number_dtype(value: Any) -> np.dtype:
+    dtype = jnp.dtype(value) if isinstance(value, str) else np.dtype(object)
+    if not (jnp.issubdtype(dtype, np.number) or dtype.kind == "b"):
+        raise ValueError(f"{value!r} is not a dtype of numbers")
+    return dtype
+
+
+def _integer_dtype(value: Any) -> np.dtype:
+    dtype = _number_dtype(value)
+    if not jnp.issubdtype(dtype, np.integer) or jnp.iinfo(dtype).max >= 2**31:
+        raise ValueError(f"{value!r} is not a dtype of codes")
+    return dtype
+
+
+def _grid_dims(value: Any) -> tuple[tuple[tuple[int, ...], ...] | None, ...]:
+    grids = tuple(grid if grid is None else tuple(map(_dims, grid)) for grid in value)
+    if not grids or grids[0] is None or any(len(grid) not in (4, 5) for grid in grids if grid):
+        raise ValueError(f"{value!r} does not describe grids")
+    return grids
+
+
+def _literal(*kinds: type) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if type(value) not in kinds:
+            raise ValueError(f"{value!r} is not allowed here")
+        return value
+
+    return check
+
+
+_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "shape": _dims,
+    "dtype": _number_dtype,
+    "codes": _integer_dtype,
+    "grids": _grid_dims,
+    "moved": _literal(bool),
+    "offset": _natural,
+    "size": _natural,
+    "segment": _natural,
+    "per_lane": _natural,
+    "escapes": _natural,
+    "key": _literal(str),
+    "value": _literal(bool, int, float, str),
+}
+"""How each field of an entry is checked, and what it is read as."""
 
 
 def _listing(file: BinaryIO) -> tuple[dict[str, tuple[str, list[int], tuple[int, int]]], int]:

@@ -1,8 +1,8 @@
 """Parameter trees: names of leaves, choosing among them, mapping over them.
 
-A leaf's name is its path joined by ``/``, the same for linen dicts and NNX states: the ``.value``
-that wraps an NNX variable is left out, and a ``/`` inside a key is written ``~1`` (``~`` as
-``~0``), as in JSON pointers.
+A leaf's name is its path joined by ``/``, the same for linen dicts and NNX states: an NNX variable
+goes by the name of its place, and a ``/`` inside a key is written ``~1`` (``~`` as ``~0``), as in
+JSON pointers.
 """
 
 import re
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from lnq.quantizer import is_quantized
 from lnq.types import Params, Select
@@ -27,23 +28,32 @@ def leaf_name(path: tuple[Any, ...]) -> str:
       >>> leaf_name(path)
       'a~1b/0/7'
     """
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
     keys = (jax.tree_util.keystr((key,), simple=True) for key in path)
     return "/".join(key.replace("~", "~0").replace("/", "~1") for key in keys)
 
 
 def named_leaves(tree: Params) -> list[tuple[str, Any]]:
     """Names and leaves in JAX's order; a quantized leaf counts as one."""
-    pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
-    return [(leaf_name(path), leaf) for path, leaf in pairs]
+    pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_node)
+    return [pair for path, node in pairs for pair in _inside(path, node)]
 
 
 def map_named(fn: Callable[..., Any], tree: Params, *rest: Params) -> Params:
     """Map ``fn(name, leaf, *others)`` over a tree; a quantized leaf counts as one."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: fn(leaf_name(path), *leaves), tree, *rest, is_leaf=is_quantized
-    )
+    names = iter([name for name, _ in named_leaves(tree)])
+    return jax.tree.map(lambda *leaves: fn(next(names), *leaves), tree, *rest, is_leaf=is_quantized)
+
+
+def _is_node(x: Any) -> bool:
+    return is_quantized(x) or isinstance(x, nnx.Variable)
+
+
+def _inside(path: tuple[Any, ...], node: Any) -> list[tuple[str, Any]]:
+    """The leaf itself or, in an NNX variable, the leaves of its value."""
+    if not isinstance(node, nnx.Variable):
+        return [(leaf_name(path), node)]
+    pairs = jax.tree_util.tree_leaves_with_path(node, is_leaf=is_quantized)
+    return [(leaf_name((*path, *inner[1:])), leaf) for inner, leaf in pairs]
 
 
 def lookup(select: Select, name: str, default: Any = None) -> Any:

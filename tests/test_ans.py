@@ -12,34 +12,35 @@ from hypothesis.extra import numpy as hnp
 
 from lnq import ans
 
-PER_LANE = 3
+PER_LANE = 3  # the last of three lanes is not full
+SHAPE = (7, 999)  # one for all, so that they share compiled programs
 
 
-def laplace(b, shape, seed=0, dtype=np.int32):
+def laplace(b, shape=SHAPE, seed=0, dtype=np.int32):
     return np.round(np.random.default_rng(seed).laplace(0, b, shape)).astype(dtype)
 
 
-def integers(low, high, shape, dtype):
-    return np.random.default_rng(1).integers(low, high, shape).astype(dtype)
+def integers(low, high, dtype=np.int32):
+    return np.random.default_rng(1).integers(low, high, SHAPE).astype(dtype)
 
 
-def outliers(shape):
-    codes = integers(0, 4, shape, np.int32)
-    codes[::2, 5] = 10**6 + np.arange(len(codes[::2]))
+def outliers():
+    codes = integers(0, 4)
+    codes[::2, 5] = [-(10**6), 10**6, 99_999, 10**6]
     return codes
 
 
 SEGMENTS = {
-    "constant": np.full((5, 64), 7, np.int8),
-    "zeros": np.zeros((5, 64), np.int16),
+    "constant": np.full(SHAPE, 7, np.int8),
+    "zeros": np.zeros(SHAPE, np.int16),
     "one symbol": np.array([[-3]], np.int8),
-    "two symbols, one of them rare": integers(0, 1000, (16, 257), np.int16) // 999,
-    "a byte": integers(0, 256, (8, 256), np.uint8),
-    "more symbols than slots": integers(0, 20_000, (8, 3001), np.int32),
-    "nothing but escapes": integers(-(2**31), 2**31, (4, 1025), np.int32),
-    "the ends of int32": np.array([[-(2**31), 2**31 - 1, -1, -(2**31)]] * 4, np.int32),
-    "rare outliers": outliers((40, 100)),
-    "two spreads": np.concatenate([laplace(0.3, (9, 99)), laplace(40, (8, 99))]).astype(np.int16),
+    "two symbols, one of them rare": integers(0, 1000, np.int16) // 999,
+    "a byte": integers(0, 256, np.uint8),
+    "more symbols than slots": integers(0, 6000),
+    "nothing but escapes": integers(-(2**31), 2**31),
+    "the ends of int32": np.array([-(2**31), 2**31 - 1, -1])[integers(0, 3)].astype(np.int32),
+    "rare outliers": outliers(),
+    "two spreads": laplace(np.array([[0.3]] * 3 + [[40.0]] * 4), dtype=np.int16),
 }
 every_kind = pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS.keys())
 
@@ -61,9 +62,8 @@ def class_entropy_bits(segments, classes):
 @every_kind
 def test_decoding_gives_back_every_integer(segments):
     stream, tables = coded(segments)
-    dtype = segments.dtype
-    decoded = ans.decode(stream, ans.decode_tables(tables), segments.shape[1], PER_LANE, dtype)
-    np.testing.assert_array_equal(decoded, segments, strict=True)
+    decoded = ans.decode(stream, ans.decode_tables(tables), segments.shape[1], PER_LANE)
+    np.testing.assert_array_equal(decoded, segments)
 
 
 @every_kind
@@ -73,16 +73,16 @@ def test_a_scalar_decoder_reads_the_same_stream(segments):
     np.testing.assert_array_equal(decoded, segments)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     hnp.arrays(np.int8, (7, 32), elements=st.integers(0, 7)),
     st.sampled_from([np.int8, np.int16, np.int32]),
     st.integers(-100, 100),
 )
 def test_decode_inverts_encode(segments, dtype, offset):
-    every_symbol = np.arange(32) % 8  # so that all examples share two compiled programs
+    every_symbol = np.arange(32) % 8  # so that all examples share compiled programs
     segments = (np.vstack([segments, every_symbol]) + offset).astype(dtype)
-    stream, tables = coded(segments)
+    stream, tables = coded(segments, max_classes=1)
     np.testing.assert_array_equal(oracles.rans_decode(stream, tables, 32, PER_LANE), segments)
     decoded = ans.decode(stream, ans.decode_tables(tables), 32, PER_LANE)
     np.testing.assert_array_equal(decoded, segments)
@@ -179,15 +179,15 @@ def test_a_stream_is_as_long_as_the_entropy(b, bits, shape, excess, bytes_per_la
 
 def test_a_million_codes_come_back():
     segments, per_lane, stream, tables = laplace_stream(1.18, (1024, 1024))
-    decoded = ans.decode(stream, ans.decode_tables(tables), 1024, per_lane, np.int16)
-    np.testing.assert_array_equal(decoded, segments)
+    decoded = ans.decode(stream, ans.decode_tables(tables), 1024, per_lane, segments.dtype)
+    np.testing.assert_array_equal(decoded, segments, strict=True)
 
 
 def test_segments_of_zeros_cost_their_lanes_and_nothing_else():
-    stream, _ = coded(np.zeros((12, 300), np.int8))
-    assert payload_bits(stream) == 48 * len(stream.states) == 48 * 4
-    half = np.concatenate([np.zeros((30, 300), np.int8), laplace(3, (3, 300), dtype=np.int8)])
-    assert coded(half)[0].lengths[:10].tolist() == [0] * 10
+    stream, _ = coded(SEGMENTS["zeros"])
+    assert payload_bits(stream) == 48 * len(stream.states) == 48 * 3
+    half = np.concatenate([SEGMENTS["zeros"][:3], laplace(3)[3:]])
+    assert (coded(half)[0].lengths == 0).tolist() == [True, False, False]
 
 
 def test_segments_of_unlike_spread_cost_less_in_classes_of_their_own():
@@ -250,16 +250,20 @@ def damaged(stream, field, index, bit):
     return stream._replace(**{field: array})
 
 
-@settings(max_examples=50, deadline=None)
-@given(
+damage = st.tuples(
     st.sampled_from(["words", "states", "lengths"]), st.integers(0, 1000), st.integers(0, 31)
-)  # fmt: skip
-def test_a_damaged_stream_is_an_error_or_other_symbols(field, index, bit):
-    segments = laplace(4, (12, 100), seed=3)
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(damage)
+def test_a_damaged_stream_is_an_error_or_other_symbols(damage):
+    segments = SEGMENTS["rare outliers"]
     stream, tables = coded(segments)
-    bad = damaged(stream, field, index, bit)
     try:
-        decoded = ans.decode(bad, ans.decode_tables(tables), 100, PER_LANE)
+        decoded = ans.decode(
+            damaged(stream, *damage), ans.decode_tables(tables), SHAPE[1], PER_LANE
+        )
     except ValueError:
         return
     assert decoded.shape == segments.shape
@@ -272,12 +276,12 @@ def test_cut_or_misread_streams_are_errors():
     data = ans.pack_stream(stream, tables)
     sizes = len(segments), len(stream.states), len(stream.escapes)
     for length in [0, 1, 7, 100, len(data) // 2, len(data) - 1]:
-        with pytest.raises(ValueError, match=r"bytes do not hold 40 segments|are impossible"):
+        with pytest.raises(ValueError, match=r"bytes do not hold 7 segments|are impossible"):
             ans.unpack_stream(data[:length], tables, *sizes)
     one_word_less = ans.unpack_stream(data[:-2], tables, *sizes)
     with pytest.raises(ValueError, match="a lane does not end where it must; the stream is corr"):
-        ans.decode(one_word_less, ans.decode_tables(tables), 100, PER_LANE)
-    for wrong in [(-1, 1, 0), (40, 0, 0), (40, 14, -1), (10**12, 14, 0), (40, 10**12, 0)]:
+        ans.decode(one_word_less, ans.decode_tables(tables), SHAPE[1], PER_LANE)
+    for wrong in [(-1, 3, 0), (7, 0, 0), (7, 3, -1), (10**12, 3, 0), (7, 10**12, 0)]:
         with pytest.raises(ValueError, match="bytes do not hold"):
             ans.unpack_stream(data, tables, *wrong)
 

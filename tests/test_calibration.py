@@ -24,10 +24,15 @@ def test_an_array_a_dict_or_a_tuple_is_one_batch(calib):
     assert calibration.batch_size(batch) == 4
 
 
-@pytest.mark.parametrize(
-    "wrap", [list, iter, lambda x: (y for y in x), lambda x: map(np.asarray, x)],
-    ids=["list", "iterator", "generator", "map"],
-)  # fmt: skip
+WRAPS = {
+    "list": list,
+    "iterator": iter,
+    "generator": lambda batches: (x for x in batches),
+    "map": lambda batches: map(np.asarray, batches),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS.keys())
 def test_a_list_or_an_iterator_holds_batches_in_order(wrap):
     batches = calibration.as_batches(wrap([X, X[:3], X[3:]]))
     assert isinstance(batches, list)

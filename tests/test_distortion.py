@@ -46,7 +46,7 @@ every_measure = pytest.mark.parametrize(("measure", "twin"), TWINS.values(), ids
 
 
 @every_measure
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_measures_match_float64_and_come_in_float32(measure, twin, dtype):
     a, b = pair(dtype)
     value = measure(a, b)
@@ -77,14 +77,14 @@ def test_cosine_distance_of_zeros():
     assert distortion.cosine_distance(zero, x) == distortion.cosine_distance(x, zero) == 1
 
 
-@pytest.mark.parametrize("axes", [None, (0,), (1,), (0, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("axes", [None, (1,), (0, 2)], ids=str)
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 def test_l2_norm_does_not_overflow_or_vanish(axes, size):
     x = jnp.asarray(np.random.default_rng(2).normal(size=(3, 4, 5)) * size, jnp.float32)
     expected = np.linalg.norm(np.asarray(x, np.float64).reshape(-1))
     if axes is not None:
         expected = np.sqrt((np.asarray(x, np.float64) ** 2).sum(axes, keepdims=True))
-    np.testing.assert_allclose(distortion.l2_norm(x, axes), expected, rtol=1e-6, strict=False)
+    np.testing.assert_allclose(distortion.l2_norm(x, axes), expected, rtol=1e-6)
     assert distortion.l2_norm(x, axes).shape == expected.shape
 
 

@@ -31,7 +31,7 @@ NAMED = {
     "list and tuple": ({"a": [0, (0, 0)]}, ["a/0", "a/1/0", "a/1/1"]),
     "int keys": ({"a": {3: 0, 10: 0}}, ["a/3", "a/10"]),
     "slash and tilde": ({"a/b": {"~": 0, "~1": 0}}, ["a~1b/~0", "a~1b/~01"]),
-    "dataclass": ({"a": Block(kernel=[0], value=0)}, ["a/kernel/0", "a"]),
+    "dataclass": ({"a": Block(kernel=[0], value=0)}, ["a/kernel/0", "a/value"]),
     "a key called value": ({"a": {"value": 0}}, ["a/value"]),
     "a leaf alone": (0, [""]),
     "no leaf": ({"a": None, "b": {}}, []),
@@ -102,7 +102,7 @@ def test_map_named_gives_names_and_leaves_of_all_trees_and_keeps_the_structure()
     out = tree.map_named(lambda name, x, y: (name, x, y), first, other)
     assert out["a"] == [("a/0", 1, 10), ("a/1", CODED, HELD)]
     assert out["b"] is None
-    assert out["c"] == Block(("c/kernel", 2, 20), ("c", 3, 30))
+    assert out["c"] == Block(("c/kernel", 2, 20), ("c/value", 3, 30))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -32,6 +32,8 @@ from rich.table import Table
 
 from lnq import ans
 
+coding: Any = constriction.stream  # pyright: ignore[reportAttributeAccessIssue]
+
 SYMBOLS = 1 << 23
 SMALL = (1 << 20, 1 << 14)
 SPREADS = (0.45, 1.2, 6.0)  # Laplace diversity b in steps: about 1.4, 2.7 and 5 bits
@@ -82,15 +84,15 @@ def lnq_coder(codes: np.ndarray) -> Coder:
 def constriction_coder(codes: np.ndarray) -> Coder:
     symbols = codes.astype(np.int32) - int(codes.min())
     counts = np.bincount(symbols)
-    model = constriction.stream.model.Categorical(counts / counts.sum(), perfect=False)
+    model = coding.model.Categorical(counts / counts.sum(), perfect=False)
 
     def encode() -> tuple[np.ndarray, int]:
-        coder = constriction.stream.stack.AnsCoder()
+        coder = coding.stack.AnsCoder()
         coder.encode_reverse(symbols, model)
         return coder.get_compressed(), 0
 
     def decode(coded: tuple[np.ndarray, int]) -> np.ndarray:
-        return constriction.stream.stack.AnsCoder(coded[0]).decode(model, len(symbols))
+        return coding.stack.AnsCoder(coded[0]).decode(model, len(symbols))
 
     return Coder("constriction", symbols, encode, decode, 2 * len(counts))
 
@@ -103,7 +105,7 @@ def zstandard_coder(codes: np.ndarray, level: int) -> Coder:
         return np.frombuffer(decompressor.decompress(coded[0]), np.int8)
 
     return Coder(
-        f"zstandard -{level}", codes, lambda: (compressor.compress(data), 0), decode, table_bytes=0
+        f"zstandard {level}", codes, lambda: (compressor.compress(data), 0), decode, table_bytes=0
     )
 
 
@@ -178,8 +180,8 @@ def percent_over(ratio: float) -> str:
 def speed_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(
         "bits", "coder", "size", "encode", "decode", "encode/c.", "decode/c.", "fit",
-        title=f"{SYMBOLS:,} int8 codes; size over entropy; Msymbols/s, median of {RUNS}; "
-        "/c. over constriction",
+        title=f"{SYMBOLS:,} int8 codes: bits of entropy and size over it; Msymbols/s, median of "
+        f"{RUNS}, and over constriction's (/c.)",
     )  # fmt: skip
     for row in rows:
         table.add_row(
@@ -212,7 +214,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    console = Console()
+    console = Console(width=110)
     speed = [row for b in SPREADS for row in compare(b)]
     console.print(speed_table(speed))
     small = [small_leaf(b, count) for count in SMALL for b in SPREADS]
