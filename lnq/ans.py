@@ -232,9 +232,10 @@ def encode(segments: np.ndarray, classes: np.ndarray, tables: Tables, per_lane: 
       >>> bool(ideal <= len(pack_stream(stream, tables)) <= 1.01 * ideal + 4)
       True
     """
-    if segments.shape[1] * per_lane > MAX_LANE:
+    if not segments.size or segments.shape[1] * per_lane > MAX_LANE:
         raise ValueError(
-            f"encode: {segments.shape[1]} x {per_lane} symbols in a lane; most is {MAX_LANE}"
+            f"encode: segments of shape {segments.shape}, {per_lane} to a lane; there must be "
+            f"some, and at most {MAX_LANE} symbols in a lane"
         )
     alphabet = _union(tables)
     index = _indices(segments, alphabet)
@@ -589,16 +590,22 @@ def _table(alphabet: np.ndarray, hist: np.ndarray, precision: int) -> tuple[np.n
 
 
 def _frequencies(counts: np.ndarray, precision: int) -> np.ndarray:
-    """Whole frequencies, at least 1 each, that sum to ``2**precision`` at least cost in bits."""
+    """Whole frequencies, at least 1 each, that sum to ``2**precision`` at least cost in bits.
+
+    Slots change hands while the largest gain of one more exceeds the smallest loss of one less.
+    """
     slots = 1 << precision
     freqs = np.maximum(1, np.floor(counts * (slots / counts.sum()))).astype(np.int64)
-    for _ in range(abs(slots - freqs.sum())):
-        if freqs.sum() < slots:
-            freqs[(counts * np.log2(1 + 1 / freqs)).argmax()] += 1
-        else:
-            loss = np.where(freqs > 1, counts * np.log2(freqs / np.maximum(freqs - 1, 1)), np.inf)
+    while True:
+        gain = counts * np.log2(1 + 1 / freqs)
+        loss = np.where(freqs > 1, counts * np.log2(freqs / np.maximum(freqs - 1, 1)), np.inf)
+        spare = slots - freqs.sum()
+        if spare == 0 and gain.max() <= loss.min() * (1 + 1e-12):
+            return freqs
+        if spare >= 0:
+            freqs[gain.argmax()] += 1
+        if spare <= 0:
             freqs[loss.argmin()] -= 1
-    return freqs
 
 
 def _union(tables: Tables) -> np.ndarray:
@@ -630,7 +637,9 @@ def _encode_pairs(tables: Tables, alphabet: np.ndarray) -> tuple[np.ndarray, np.
     pairs = [freqs << 16 | start for freqs, start in zip(tables.freqs, starts, strict=True)]
     dense = _dense(tables, alphabet, pairs)
     escaped = (dense < 0) | (np.arange(len(alphabet)) == 0)
-    return np.where(escaped, dense[:, :1], dense).astype(np.uint32), escaped
+    dense = np.where(escaped, dense[:, :1], dense).astype(np.uint32)
+    width = 1 << (len(alphabet) - 1).bit_length()  # few widths, so that few programs are compiled
+    return np.pad(dense, ((0, 0), (0, width - len(alphabet)))), escaped
 
 
 def _padded(x: np.ndarray, least: int, octaves: int) -> np.ndarray:

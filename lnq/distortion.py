@@ -72,8 +72,8 @@ def sqnr_db(reference: jax.Array, x: jax.Array) -> jax.Array:
       >>> sqnr_db(jnp.array([1.0, 1.0]), jnp.array([0.9, 1.1])).round(2)
       Array(20., dtype=float32)
     """
-    a, b = wide(reference), wide(x)
-    return 10.0 * (jnp.log10(jnp.sum(a**2)) - jnp.log10(jnp.sum((a - b) ** 2)))
+    signal, noise = l2_norm(reference), l2_norm(wide(reference) - wide(x))
+    return jnp.where(noise == 0.0, jnp.inf, 20.0 * (jnp.log10(signal) - jnp.log10(noise)))
 
 
 def top1_agreement(reference: jax.Array, x: jax.Array) -> jax.Array:
@@ -89,7 +89,8 @@ def kl(reference: jax.Array, x: jax.Array) -> jax.Array:
       0.22314...
     """
     log_p, log_q = jax.nn.log_softmax(wide(reference)), jax.nn.log_softmax(wide(x))
-    return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1))
+    terms = jnp.where(log_p == -jnp.inf, 0.0, jnp.exp(log_p) * (log_p - log_q))
+    return jnp.mean(jnp.sum(terms, -1))
 
 
 def _direction(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -35,7 +35,8 @@ class QParams:
     """The grid of a quantized array.
 
     Every field is a float32 array of the rank of the codes, and each of its dimensions divides
-    theirs: 1 is shared, n is one value per channel, n / g one value per group of g.
+    theirs: 1 is shared, n is one value per channel, n / g one value per group of g. An axis that
+    ``vmap`` or ``scan`` is to slice must be there in full in every field.
 
     Attributes:
       scale: Step size, value units; positive.
@@ -152,7 +153,7 @@ def quantize(x: jax.Array, qparams: QParams, dtype: DTypeLike = jnp.int32) -> QT
       Array([-2,  1,  1,  7], dtype=int32)
     """
     levels = jnp.round(_levels(x, qparams))
-    codes = jnp.clip(levels, _expand(qparams.qmin, x.shape), _expand(qparams.qmax, x.shape))
+    codes = jnp.clip(levels, *_range(qparams, levels))
     return QTensor(codes.astype(dtype), qparams, dtype=x.dtype)
 
 
@@ -169,8 +170,7 @@ def fake_quant(x: jax.Array, qparams: QParams) -> jax.Array:
       Array([1., 0.], dtype=float32)
     """
     levels = _levels(x, qparams)
-    qmin = _expand(qparams.qmin, x.shape).astype(levels.dtype)
-    qmax = _expand(qparams.qmax, x.shape).astype(levels.dtype)
+    qmin, qmax = _range(qparams, levels)
     # Not jnp.clip: at a tie it would halve the gradient, and whole codes tie often.
     levels = jnp.where(levels <= qmin, qmin, jnp.where(levels >= qmax, qmax, levels))
     codes = levels + jax.lax.stop_gradient(jnp.round(levels) - levels)
@@ -222,6 +222,11 @@ def _expand(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _step(qparams: QParams, shape: tuple[int, ...]) -> jax.Array:
     step = _expand(qparams.scale, shape)
     return step if qparams.in_scale is None else step * _expand(qparams.in_scale, shape)
+
+
+def _range(qparams: QParams, levels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    qmin, qmax = _expand(qparams.qmin, levels.shape), _expand(qparams.qmax, levels.shape)
+    return qmin.astype(levels.dtype), qmax.astype(levels.dtype)
 
 
 def _levels(x: jax.Array, qparams: QParams) -> jax.Array:

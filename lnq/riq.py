@@ -258,7 +258,12 @@ def quantize_array(
     energy = jnp.sum(q * q, axes, keepdims=True)
     fitted = jnp.sum(x * q, axes, keepdims=True) / jnp.where(energy > 0.0, energy, 1.0)
     scale = jnp.where(energy > 0.0, fitted, jnp.where(step > 0.0, step, 1.0))
-    qparams = make_qparams(scale, qmin=q.min(axes, keepdims=True), qmax=q.max(axes, keepdims=True))
+    qparams = make_qparams(
+        scale,
+        qmin=q.min(axes, keepdims=True),
+        qmax=q.max(axes, keepdims=True),
+        zero_point=jnp.zeros_like(scale),
+    )
     return QTensor(q.astype(jnp.int32), qparams, dtype=w.dtype)
 
 
@@ -372,7 +377,8 @@ def weight_deviation(params: Params, qtree: Params) -> jax.Array:
         if _is_qtensor(q)
     ]
     total = sum(w.size for w, _ in pairs)
-    return sum(distortion.cosine_distance(w, x) * (w.size / total) for w, x in pairs)
+    terms = [distortion.cosine_distance(w, x) * (w.size / total) for w, x in pairs]
+    return jnp.sum(jnp.stack(terms))
 
 
 def leaf_rows(
@@ -534,7 +540,7 @@ def _distance(w: ArrayLike, x: np.ndarray) -> float:
     """Cosine distance on the host, float64."""
     a, b = (np.asarray(y).astype(np.float64).ravel() for y in (w, x))
     norms = sqrt((a @ a) * (b @ b))
-    return 1.0 - (a @ b) / norms if norms else float(a.any() != b.any())
+    return float(1.0 - (a @ b) / norms) if norms else float(a.any() != b.any())
 
 
 def _is_qtensor(leaf: Any) -> bool:
@@ -655,7 +661,7 @@ def _finish(
     """The tree at k, and what a person wants to know about it."""
     qtree = jax.tree.map(
         lambda x: narrow(x) if _is_qtensor(x) else x,
-        jax.jit(method)(params, jnp.float32(k)),
+        method(params, jnp.float32(k)),
         is_leaf=_is_qtensor,
     )
     _, deviation, error = next(e for e in trace if e.k == k)

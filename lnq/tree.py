@@ -87,5 +87,7 @@ def check_finite(params: Params) -> None:
     for name, leaf in named_leaves(params):
         if isinstance(leaf, jax.core.Tracer) or not is_float(leaf):
             continue
-        if not jnp.isfinite(leaf).all():
+        with jax.ensure_compile_time_eval():  # a constant of a function being traced has values too
+            finite = bool(jnp.isfinite(leaf).all())
+        if not finite:
             raise ValueError(f"params: {name!r} holds NaN or infinity; nothing was quantized")

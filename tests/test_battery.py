@@ -39,7 +39,7 @@ class Net(nn.Module):
 def model(dtype="float32"):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(12, 8, 8, 2)), jnp.float32)
     params = Net().init(jax.random.key(1), x)
-    return Net().apply, jax.tree.map(lambda w: w.astype(dtype), params), x.astype(dtype)
+    return jax.jit(Net().apply), jax.tree.map(lambda w: w.astype(dtype), params), x.astype(dtype)
 
 
 def outputs(method, strength, dtype="float32"):

@@ -104,7 +104,8 @@ def test_info_prints_the_rows_and_the_size_of_the_file(folder):
         (["compress", "missing.npz", "x.lnq", "--weight-deviation", "0.01"], "No such file"),
         (["compress", "calib.npy", "x.lnq", "--weight-deviation", "0.01"], "cannot read .npy"),
         (["compress", "net.npz", "x.lnq", "--weight-deviation", "1e-9"], "cannot be reached"),
-        (["compress", "net.npz", "x.lnq", "--weight-deviation", "0.1", "--select", "zz"], "no leaf"),
+        (["compress", "net.npz", "x.lnq", "--weight-deviation", "0.1", "--select", "zz"],
+         "no leaf"),
         (["compress", "net.npz", "x.lnq", "--model", "net_module:nope", "--calib", "calib.npy",
           "--max-deviation", "0.1"], "give package.module:function"),
         (["compress", "net.npz", "x.lnq", "--model", "no_module:apply", "--calib", "calib.npy",
@@ -147,6 +148,8 @@ def test_demo_writes_a_small_real_file_that_keeps_the_accuracy(folder):
     compressed = demo.apply_fn(restored, demo.images)
     deviation = float(lnq.riq.example_deviation(logits, compressed).mean())
     assert float(ours[7]) == pytest.approx(deviation, abs=1e-4)
-    float_hits, hits = ((np.asarray(y).argmax(-1) == demo.labels).mean() for y in (logits, compressed))
+    float_hits, hits = (
+        (np.asarray(y).argmax(-1) == demo.labels).mean() for y in (logits, compressed)
+    )
     assert float_hits > 0.92
     assert hits > float_hits - 0.01

@@ -450,6 +450,11 @@ def test_an_entry_that_is_no_object_is_refused(small, read, value):
     refused(small, read, r"small\.lnq: ")
 
 
+def test_info_refuses_an_entry_without_a_shape(small):
+    forge(small, lambda header: header["leaves"]["small"].pop("shape") and None)
+    refused(small, lnq.info, r"small\.lnq: ")
+
+
 HEADERS = {
     "no JSON": lambda header: "{",
     "a list": lambda header: "[]",

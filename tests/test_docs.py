@@ -10,9 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHOWN = re.compile(r"```python\n(.*?)```\n+```text\n(.*?)```", re.DOTALL)
+RUNNABLE = [page for page in PAGES if SHOWN.search(page.read_text())]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if SHOWN.search(p.read_text())], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
 def test_code_on_a_page_prints_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -23,7 +24,7 @@ def test_code_on_a_page_prints_what_the_page_shows(page, tmp_path, monkeypatch):
         assert printed.getvalue().strip() == shown.strip()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
     for link in (link for link in links if "://" not in link):

@@ -214,7 +214,7 @@ def heavy_mlp(rng, activation):
             x = activation(x @ w)
         return x @ params[-1]
 
-    return apply_fn, params, jnp.asarray(rng.normal(size=(64, 32)), jnp.float32)
+    return jax.jit(apply_fn), params, jnp.asarray(rng.normal(size=(64, 32)), jnp.float32)
 
 
 def heavy_conv(rng, activation):
@@ -236,7 +236,7 @@ def heavy_conv(rng, activation):
             )
         return x
 
-    return apply_fn, params, jnp.asarray(rng.normal(size=(16, 8, 8, 3)), jnp.float32)
+    return jax.jit(apply_fn), params, jnp.asarray(rng.normal(size=(16, 8, 8, 3)), jnp.float32)
 
 
 @pytest.mark.parametrize("bound", [0.05, 0.005])
@@ -373,6 +373,8 @@ def test_each_layer_of_a_stacked_leaf_is_quantized_as_if_alone():
         for several in (stacked, mapped):
             np.testing.assert_array_equal(several.codes[layer], alone.codes)
             np.testing.assert_allclose(several.qparams.scale[layer], alone.qparams.scale, rtol=1e-6)
+    _, scanned = jax.lax.scan(lambda carry, layer: (carry, dequantize(layer)), 0, stacked)
+    np.testing.assert_array_equal(scanned, dequantize(stacked))
 
 
 def test_rate_estimate_is_entropy_and_a_table():

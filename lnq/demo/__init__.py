@@ -39,9 +39,9 @@ def load() -> Demo:
     """The network and data from inside the package."""
     from lnq.demo.resnet import ResNet
 
-    with as_file(files(__package__) / "fashion_mnist_resnet.safetensors") as path:
+    with as_file(files("lnq.demo") / "fashion_mnist_resnet.safetensors") as path:
         variables = lnq.checkpoint.read(path)
-    with as_file(files(__package__) / "fashion_mnist.npz") as path, np.load(path) as data:
+    with as_file(files("lnq.demo") / "fashion_mnist.npz") as path, np.load(path) as data:
         calib, images, labels = data["calib"], data["test_images"], data["test_labels"]
     return Demo(jax.jit(ResNet().apply), variables, calib, images, labels.astype(np.int32))
 
