@@ -57,8 +57,8 @@ ESCAPE = -(2**31)
 STATE_MIN = 1 << 16
 MAX_LANE = (1 << 16) - 1
 """Symbols per lane at most, so that its number of words fits 16 bits."""
-LANE_BITS = 24_000
-"""Aimed at, so that the 48 bits of state and length per lane stay near 0.2 %."""
+LANE_BITS = 16_000
+"""Aimed at: lanes enough to be fast, the 48 bits of state and length per lane at most 0.4 %."""
 ENTRY_BITS = 12
 """What one entry of a stored table costs."""
 RAW_BITS = 16
@@ -194,6 +194,8 @@ def classify(segments: np.ndarray, tables: Tables) -> np.ndarray:
     Raises:
       ValueError: If a segment holds a symbol for which no class has a code.
     """
+    if len(tables.freqs) == 2 and tables.symbols[1][0] == ESCAPE:
+        return segments.any(1).astype(np.uint8)  # one table, which codes everything
     alphabet = _union(tables)
     costs = _table_costs(tables, alphabet)
     members = []
@@ -240,7 +242,10 @@ def encode(segments: np.ndarray, classes: np.ndarray, tables: Tables, per_lane: 
     alphabet = _union(tables)
     index = _indices(segments, alphabet)
     pairs, escaped = _encode_pairs(tables, alphabet)
-    raw = escaped[classes[:, None], index] if escaped.any() else np.zeros(segments.shape, bool)
+    raw = index == 0
+    for kind in np.flatnonzero(escaped[:, 1:].any(1)):  # classes that lack what others have
+        rows = classes == kind
+        raw[rows] = escaped[kind][index[rows]]
     lanes = -(-len(segments) // per_lane)
     fill = lanes * per_lane - len(segments)
     index = np.pad(index, ((0, fill), (0, 0)), constant_values=np.searchsorted(alphabet, 0))
@@ -253,7 +258,7 @@ def encode(segments: np.ndarray, classes: np.ndarray, tables: Tables, per_lane: 
     mask = np.asarray(mask)
     return Stream(
         classes,
-        mask.sum((1, 2)).astype(np.uint16),
+        np.count_nonzero(mask.reshape(lanes, -1), axis=1).astype(np.uint16),
         np.asarray(states),
         np.asarray(words)[mask],
         segments[raw],
@@ -304,14 +309,15 @@ def decode(
         classes,
         tables.steps,
         tables.symbols,
-        _padded(stream.escapes, 1 << 10 if stream.escapes.size else 0, octaves=4),
+        _padded(stream.escapes, 64 if stream.escapes.size else 0, octaves=2),
         precision=tables.precision,
         segment=segment,
         dtype=dtype,
     )
     if (np.asarray(states) != STATE_MIN).any() or (np.asarray(positions) != ends).any():
         raise ValueError("decode: a lane does not end where it must; the stream is corrupt")
-    return symbols.reshape(-1, segment)[:count]
+    symbols = symbols.reshape(-1, segment)
+    return symbols if len(symbols) == count else symbols[:count]
 
 
 def pack_stream(stream: Stream, tables: Tables) -> bytes:
@@ -482,13 +488,32 @@ def _pull(
         (states, starts),
         bases,
     )
-    found = jnp.take(symbols, bases[:, None] + slots.astype(jnp.uint32), mode="clip")
+    found = jnp.take(symbols.astype(dtype), bases[:, None] + slots.astype(jnp.uint32), mode="clip")
     found = found.transpose(2, 0, 1)
     if escapes.size:
-        escaped = (found == ESCAPE).ravel()
-        raw = jnp.take(escapes, jnp.cumsum(escaped) - 1, mode="clip")
-        found = jnp.where(escaped, raw.astype(jnp.int32), found.ravel()).reshape(found.shape)
-    return found.astype(dtype), states, ends
+        reserved = (symbols.reshape(-1, 1 << precision) == ESCAPE).sum(1)  # slots of each class
+        found = _put_escapes(found, slots, reserved[classes].astype(slots.dtype), escapes)
+    return found, states, ends
+
+
+def _put_escapes(
+    found: jax.Array, slots: jax.Array, reserved: jax.Array, escapes: jax.Array
+) -> jax.Array:
+    """Put raw symbols where a slot is the escape's (the lowest); looks only at segments with one.
+
+    ``found [lanes, R, S]``, ``slots [R, S, lanes]``, ``reserved [lanes, R]``.
+    """
+    segments, segment = reserved.size, found.shape[2]
+    hit = (slots.min(1) < reserved.T).T.ravel()
+    (rows,) = jnp.nonzero(hit, size=min(segments, escapes.size), fill_value=segments)
+    lane, place = jnp.divmod(jnp.minimum(rows, segments - 1), found.shape[1])
+    escaped = slots[place, :, lane] < reserved[lane, place][:, None]
+    escaped &= (rows < segments)[:, None]
+    order = jnp.cumsum(escaped.ravel()).reshape(escaped.shape) - 1
+    raw = jnp.take(escapes, order, mode="clip").astype(found.dtype)
+    flat = found.reshape(-1, segment)
+    filled = jnp.where(escaped, raw, jnp.take(flat, rows, 0, mode="clip"))
+    return flat.at[rows].set(filled, mode="drop").reshape(found.shape)
 
 
 def _alphabet(groups: Sequence[np.ndarray]) -> tuple[np.ndarray, int]:
@@ -510,14 +535,20 @@ def _slot_bits(total: float, precision: int) -> float:
 
 def _indices(codes: np.ndarray, alphabet: np.ndarray) -> np.ndarray:
     """Place of each code in the alphabet; 0, the escape's, where it has none."""
-    low, high = int(alphabet[1]), int(alphabet[-1])
+    short = np.int16(-(2**15)), np.int16(2**15 - 1)
+    if codes.itemsize > 2 and codes.size and short[0] <= codes.min() <= codes.max() <= short[1]:
+        codes = codes.astype(np.int16)
+    if codes.itemsize > 2:
+        return _places(codes, alphabet)
+    unsigned = np.dtype(f"u{codes.itemsize}")
+    every = np.arange(1 << 8 * codes.itemsize).astype(unsigned).view(codes.dtype)
+    return _places(every, alphabet)[codes.view(unsigned)]
+
+
+def _places(codes: np.ndarray, alphabet: np.ndarray) -> np.ndarray:
     kind = np.uint8 if len(alphabet) <= 256 else np.uint16
-    if high - low < 1 << 16:
-        places = np.zeros(high - low + 3, kind)
-        places[alphabet[1:] - low + 1] = np.arange(1, len(alphabet))
-        return places[np.clip(codes, low - 1, high + 1).astype(np.int32) - (low - 1)]
-    found = np.searchsorted(alphabet, codes)
-    return np.where(alphabet[np.minimum(found, len(alphabet) - 1)] == codes, found, 0).astype(kind)
+    found = np.minimum(np.searchsorted(alphabet, codes), len(alphabet) - 1)
+    return np.where(alphabet[found] == codes, found, 0).astype(kind)
 
 
 def _counts(segments: np.ndarray, alphabet: np.ndarray) -> np.ndarray:

@@ -254,7 +254,8 @@ def quantize_array(
     x = distortion.wide(w)
     n = _entries(x, axes) if ignore_zeros else prod(w.shape[stacked:])
     step = step_size(distortion.l2_norm(x, axes), n, k, eps0, rule).astype(x.dtype)
-    q = jnp.round(x / jnp.where(step > 0.0, step, 1.0))
+    codes = jnp.round(x / jnp.where(step > 0.0, step, 1.0)).astype(jnp.int32)
+    q = codes.astype(x.dtype)  # read from the codes, so that no second array of their size is kept
     energy = jnp.sum(q * q, axes, keepdims=True)
     fitted = jnp.sum(x * q, axes, keepdims=True) / jnp.where(energy > 0.0, energy, 1.0)
     scale = jnp.where(energy > 0.0, fitted, jnp.where(step > 0.0, step, 1.0))
@@ -264,7 +265,7 @@ def quantize_array(
         qmax=q.max(axes, keepdims=True),
         zero_point=jnp.zeros_like(scale),
     )
-    return QTensor(q.astype(jnp.int32), qparams, dtype=w.dtype)
+    return QTensor(codes, qparams, dtype=w.dtype)
 
 
 def quantize(
