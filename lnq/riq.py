@@ -18,7 +18,8 @@ Differs from the released code in: k is found by bisection on log k (the publish
 :func:`sweep`) and is always feasible, an unreachable bound is an error; the stored step is the
 least-squares one, which leaves every angle as it is; which leaves are quantized is judged by the
 output channels of Flax (the last axis), per layer of a stacked leaf; ``k_max`` is finite at
-``eps0 = 0``; the largest layer is sought among the quantized leaves only.
+``eps0 = 0``; the search goes on below ``k_min`` where that is feasible; the largest layer is
+sought among the quantized leaves only.
 """
 
 from collections.abc import Callable
@@ -254,8 +255,7 @@ def quantize_array(
     x = distortion.wide(w)
     n = _entries(x, axes) if ignore_zeros else prod(w.shape[stacked:])
     step = step_size(distortion.l2_norm(x, axes), n, k, eps0, rule).astype(x.dtype)
-    codes = jnp.round(x / jnp.where(step > 0.0, step, 1.0)).astype(jnp.int32)
-    q = codes.astype(x.dtype)  # read from the codes, so that no second array of their size is kept
+    q = jnp.round(x / jnp.where(step > 0.0, step, 1.0))
     energy = jnp.sum(q * q, axes, keepdims=True)
     fitted = jnp.sum(x * q, axes, keepdims=True) / jnp.where(energy > 0.0, energy, 1.0)
     scale = jnp.where(energy > 0.0, fitted, jnp.where(step > 0.0, step, 1.0))
@@ -265,7 +265,7 @@ def quantize_array(
         qmax=q.max(axes, keepdims=True),
         zero_point=jnp.zeros_like(scale),
     )
-    return QTensor(codes, qparams, dtype=w.dtype)
+    return QTensor(q.astype(jnp.int32), qparams, dtype=w.dtype)
 
 
 def quantize(
@@ -483,7 +483,7 @@ def compress(
       calib: Unlabelled examples: an array, dict or tuple is one batch, a list holds batches.
       max_deviation: The bound D, in the unit of ``deviation_fn``.
       eps0: Floor of the root distance of every layer. The default is the paper's; 0.003 or less
-        is never meaningfully worse and reaches tighter bounds.
+        reaches tighter bounds, with smaller files on MiniLM and 1 % larger ones on a VGG.
       rule: Distance of a layer, :func:`norm_rule` or :func:`angle_rule`.
       deviation_fn: ``(reference, outputs) -> deviations``, shape ``[b]`` or a scalar.
       standard_errors: The z above; 2 asks for confidence instead of a mean.
@@ -647,7 +647,12 @@ def _search(
             f"{float(predicted_deviation(layers, inf, eps0)):.3g}",
             best,
         )
-    return search(feasible, k_min, k_max), tuple(trace)
+    k = search(feasible, k_min, k_max)
+    # Heavy-tailed and pruned layers outlive k_min. Below 1/2 every code is zero.
+    while k < 1.02 * k_min and k_min > 0.5:
+        k_min, k_max = k_min / 16.0, k
+        k = search(feasible, k_min, k_max)
+    return k, tuple(trace)
 
 
 def _finish(

@@ -468,6 +468,19 @@ def linear(rng=15, dims=(48, 40)):
     return (lambda p, x: x @ p["w"]), {"w": w}, jnp.asarray(rng.normal(size=(24, 48)), jnp.float32)
 
 
+def test_the_search_goes_on_below_the_published_range():
+    """A few large weights carry the output; rounding all others away is feasible below k_min."""
+    w = np.asarray(RNG(21).normal(size=(64, 64)) * 1e-2, np.float32)
+    w[::8, 0] = 5.0
+    x = jnp.asarray(1.0 + 0.1 * RNG(22).normal(size=(16, 64)), jnp.float32)
+    _, info = riq.compress(
+        lambda p, x: x @ p["w"], {"w": jnp.asarray(w)}, x, max_deviation=0.01, eps0=0.0
+    )
+    assert info.k < riq.k_bounds(64 * 64, 0.0)[0] / 1.5
+    assert info.deviation < 0.01
+    assert info.rows[0].nonzeros == 8
+
+
 def test_confidence_costs_bits():
     apply_fn, params, x = linear()
     mean, confident = (
