@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -117,12 +118,15 @@ def load() -> tuple[ApplyFn, dict]:
 
 def apply_fn(params: dict, batch: Batch) -> jax.Array:
     """Embed a batch of sentences: [b, t] -> [b, 384], rows of unit length."""
-    return MiniLM().apply({"params": params}, batch["ids"], batch["mask"].astype(bool))
+    embedded: Any = MiniLM().apply({"params": params}, batch["ids"], batch["mask"].astype(bool))
+    return embedded
 
 
 def _leaf_path(name: str, ndim: int) -> tuple[tuple[str, ...], bool]:
     """Translate a checkpoint name; also say whether it is a kernel, stored (out, in) there."""
-    layer, module, leaf = re.fullmatch(r"(?:encoder\.layer\.(\d+)\.)?(.+)\.(\w+)", name).groups()
+    parts = re.fullmatch(r"(?:encoder\.layer\.(\d+)\.)?(.+)\.(\w+)", name)
+    assert parts, name
+    layer, module, leaf = parts.groups()
     if leaf == "weight":
         leaf = "scale" if ndim == 1 else "kernel" if layer else "embedding"
     parents = (f"layer_{layer}",) if layer else ()
@@ -163,7 +167,8 @@ def wordsim353(apply_fn: ApplyFn, params: dict) -> float:
     first, second, human = zip(*rows, strict=True)
     batch = tokenize([*first, *second], 8)
     a, b = jnp.split(jax.jit(apply_fn)(params, batch), 2)
-    return float(spearmanr((a * b).sum(-1), np.array(human, float)).statistic)
+    rho: Any = spearmanr((a * b).sum(-1), np.array(human, float))
+    return float(rho.statistic)
 
 
 def deviation(apply_fn: ApplyFn, params: dict, other: dict, batch: Batch) -> float:
@@ -209,7 +214,7 @@ def compress(max_deviation: float, eps0: float, out: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--max-deviation", type=float, default=0.005)
     parser.add_argument("--eps0", type=float, default=0.003, help="0.01 in the paper")
     parser.add_argument("--out", type=Path, default=Path("minilm.lnq"))

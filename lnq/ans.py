@@ -166,13 +166,13 @@ def fit_tables(groups: Sequence[np.ndarray], max_classes: int = 64) -> Tables:
     sample = np.concatenate([_counts(group[::stride], alphabet) for group in groups])
     magnitude = np.abs(np.where(alphabet == ESCAPE, alphabet[-1], alphabet))
     order = np.argsort(sample @ magnitude / sample.sum(1), kind="stable")
-    best_bits, costs, classes = np.inf, None, 1
+    costs, best = _refine(sample, order, alphabet, 1, segments)
+    classes = 2
     while classes <= min(max_classes, len(sample)):
-        tried, bits, entries = _refine(sample, order, alphabet, classes)
-        total = bits * stride + entries * ENTRY_BITS + segments * classes.bit_length()
-        if total >= best_bits:
+        tried, bits = _refine(sample, order, alphabet, classes, segments)
+        if bits >= best:
             break
-        best_bits, costs, classes = total, tried, 2 * classes
+        costs, best, classes = tried, bits, 2 * classes
     hists = _class_histograms(groups, alphabet, costs)[1:]
     built = [_table(alphabet, hist, precision) for hist in hists if hist.any()]
     return zero._replace(
@@ -195,7 +195,7 @@ def classify(segments: np.ndarray, tables: Tables) -> np.ndarray:
       ValueError: If a segment holds a symbol for which no class has a code.
     """
     if len(tables.freqs) == 2 and tables.symbols[1][0] == ESCAPE:
-        return segments.any(1).astype(np.uint8)  # one table, which codes everything
+        return np.any(segments, axis=1).astype(np.uint8)  # one table, which codes everything
     alphabet = _union(tables)
     costs = _table_costs(tables, alphabet)
     members = []
@@ -355,12 +355,12 @@ def unpack_stream(
     if lanes < 1 or min(segments, escapes) < 0 or rest < 0 or rest % 2:
         raise ValueError(f"{len(data)} bytes do not hold {segments} segments in {lanes} lanes")
     parts = np.split(np.frombuffer(data, np.uint8), np.cumsum([*sizes, rest]))
-    kinds = (np.uint8, np.uint16, np.uint32, np.uint16, np.dtype(dtype))
-    names, lengths, states, words, raw = (
+    kinds: tuple[DTypeLike, ...] = (np.uint8, np.uint16, np.uint32, np.uint16, dtype)
+    _, lengths, states, words, raw = (
         part.copy().view(np.dtype(kind).newbyteorder("<"))
         for part, kind in zip(parts, kinds, strict=True)
     )
-    planes = np.unpackbits(names, count=segments * width, bitorder="little")
+    planes = np.unpackbits(parts[0], count=segments * width, bitorder="little")
     classes = planes.reshape(segments, width) @ (1 << np.arange(width))
     last = len(words) - int(lengths.sum(dtype=np.int64))
     if not 0 <= last <= MAX_LANE or (classes >= len(tables.freqs)).any():
@@ -564,17 +564,23 @@ def _chunks(segments: np.ndarray, symbols: int) -> Iterator[np.ndarray]:
 
 
 def _refine(
-    sample: np.ndarray, order: np.ndarray, alphabet: np.ndarray, classes: int
-) -> tuple[np.ndarray, float, int]:
-    """Lloyd's iterations: costs of each class and symbol, bits of the sample, entries stored."""
+    sample: np.ndarray, order: np.ndarray, alphabet: np.ndarray, classes: int, segments: int
+) -> tuple[np.ndarray, float]:
+    """Lloyd's iterations: code length of each symbol in each class, and bits of all segments."""
     member = np.empty(len(order), np.int64)
     member[order] = 1 + np.arange(len(order)) * classes // len(order)
-    for _ in range(5):
-        by_class = _sums(sample, member, classes + 1)
-        costs = _smoothed_costs(by_class[1:], alphabet)
-        bits = sample @ costs.T
-        member = bits.argmin(1)
-    return costs, bits.min(1).sum() / COST_UNIT, int((by_class[1:] > 0).sum())
+    by_class, costs = _update(sample, member, alphabet, classes)
+    for _ in range(4):
+        by_class, costs = _update(sample, (sample @ costs.T).argmin(1), alphabet, classes)
+    coded = (sample @ costs.T).min(1).sum() / COST_UNIT * (segments / len(sample))
+    return costs, coded + (by_class > 0).sum() * ENTRY_BITS + segments * classes.bit_length()
+
+
+def _update(
+    sample: np.ndarray, member: np.ndarray, alphabet: np.ndarray, classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    by_class = _sums(sample, member, classes + 1)[1:]
+    return by_class, _smoothed_costs(by_class, alphabet)
 
 
 def _sums(counts: np.ndarray, member: np.ndarray, classes: int) -> np.ndarray:

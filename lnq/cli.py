@@ -46,10 +46,8 @@ def compress(
     dry_run: Annotated[bool, typer.Option(help="print the plan and sizes, write nothing")] = False,
 ) -> None:
     """Compress a checkpoint with RIQ, within a bound on its weights or on a model's outputs."""
-    by_model = (model, calib, max_deviation)
-    if (weight_deviation is None) == (None in by_model) or (
-        weight_deviation is not None and any(x is not None for x in by_model)
-    ):
+    by_model = [x is not None for x in (model, calib, max_deviation)]
+    if any(by_model) if weight_deviation is not None else not all(by_model):
         raise typer.BadParameter("give --weight-deviation, or --model, --calib and --max-deviation")
     with _one_line_errors():
         import lnq
@@ -66,7 +64,7 @@ def compress(
                     _function(model),
                     params,
                     _examples(calib),
-                    max_deviation=max_deviation,
+                    max_deviation=max_deviation or 0.0,
                     progress=progress,
                     **options,
                 )

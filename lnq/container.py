@@ -216,8 +216,8 @@ def info(path: str | os.PathLike) -> FileInfo:
                 entry |= entries.get(name, {})
                 shared = sizes[SHARED] if "offset" in entry and sharers else 0
                 taken = sizes[name] + math.prod(entry["shape"]) * shared // max(sharers, 1)
-                words = [str(entry.get(field, "")) for field in ("dtype", "codes")]
-                rows.append(LeafInfo(name, entry["shape"], *words, taken))
+                dtype, codes = str(entry["dtype"]), str(entry.get("codes", ""))
+                rows.append(LeafInfo(name, entry["shape"], dtype, codes, taken))
     total = os.path.getsize(path)
     weights = sum(math.prod(row.shape) for row in rows)
     original = sum(math.prod(row.shape) * jnp.dtype(row.dtype).itemsize for row in rows)
@@ -361,7 +361,7 @@ def _encode_plain(
     if isinstance(leaf, bool | int | float | str):
         entries[name] = {"value": leaf}
         return
-    if jnp.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         entries[name] = {"key": str(jax.random.key_impl(leaf))}
         leaf = jax.random.key_data(leaf)
     array = np.asarray(leaf)
@@ -408,7 +408,7 @@ def _decode_leaf(array: np.ndarray, entry: Mapping[str, Any], decoder: _Decoder)
     if "codes" in entry:
         return _decode_qtensor(array.tobytes(), entry, decoder)
     if "key" in entry:
-        return jax.random.wrap_key_data(array, impl=entry["key"])
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=entry["key"])
     if "dtype" in entry:
         array = np.frombuffer(array.tobytes(), entry["dtype"]).reshape(entry["shape"])
     # NumPy's array itself where JAX would cut its dtype (64 bits).
@@ -426,7 +426,8 @@ def _decode_qtensor(blob: bytes, entry: Mapping[str, Any], decoder: _Decoder) ->
     else:
         flat = _decode_stream(blob[used:], size, entry["codes"], entry, decoder)
     codes = jnp.asarray(_unflat(flat, shape, entry.get("moved", False)), entry["codes"])
-    return QTensor(codes, grids[0], tuple(grids[1:]), entry["dtype"])
+    qparams, *acts = grids
+    return QTensor(codes, qparams, tuple(acts), entry["dtype"])
 
 
 def _decode_stream(
@@ -454,7 +455,7 @@ def _unflat(flat: Any, shape: tuple[int, ...], moved: bool) -> Any:
 
 def _read_grids(
     data: bytes, shape: tuple[int, ...], described: tuple[Any, ...]
-) -> tuple[list[QParams | None], int]:
+) -> tuple[list[Any], int]:
     """Grids of a leaf from the start of its blob, and how many bytes they take."""
     grids, used = [], 0
     for dims in described:

@@ -141,7 +141,7 @@ def norm_rule(n: ArrayLike, k: ArrayLike, eps0: ArrayLike) -> jax.Array:
       >>> norm_rule(2400, 100.0, 0.0)  # sqrt(100)/100 squared
       Array(0.01, dtype=float32)
     """
-    return (eps0 + jnp.sqrt(jnp.asarray(n, float) / 24.0) / k) ** 2
+    return jnp.square(eps0 + jnp.sqrt(jnp.asarray(n, float) / 24.0) / k)
 
 
 def angle_rule(n: ArrayLike, k: ArrayLike, eps0: ArrayLike) -> jax.Array:
@@ -151,7 +151,7 @@ def angle_rule(n: ArrayLike, k: ArrayLike, eps0: ArrayLike) -> jax.Array:
     distance :math:`1 - \cos\theta` stays below 1 at every k.
     """
     theta = jnp.arctan(jnp.sqrt(jnp.asarray(n, float) / 12.0) / k)
-    return (eps0 + sqrt(2.0) * jnp.sin(theta / 2.0)) ** 2
+    return jnp.square(eps0 + sqrt(2.0) * jnp.sin(theta / 2.0))
 
 
 def step_size(
@@ -174,7 +174,7 @@ def step_size(
       >>> step_size(2.0, 600, k=100.0, eps0=0.01).round(6)  # 0.02 + 0.01 * 2 * 0.2
       Array(0.024, dtype=float32)
     """
-    return norm * jnp.sqrt(24.0 * rule(n, k, eps0) / n)
+    return jnp.multiply(norm, jnp.sqrt(24.0 * rule(n, k, eps0) / n))
 
 
 def k_bounds(largest: int, eps0: float = 0.01) -> tuple[float, float]:

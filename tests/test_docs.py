@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 from pathlib import Path
 
@@ -22,6 +23,45 @@ def test_code_on_a_page_prints_what_the_page_shows(page, tmp_path, monkeypatch):
         with contextlib.redirect_stdout(printed):
             exec(code, names)
         assert printed.getvalue().strip() == shown.strip()
+
+
+def minilm_rows(results):
+    for row in results["rows"]:
+        start = f"| {row['bound']:g} | {row['eps0']:g} |"
+        if (found := row["found"]) is None:
+            yield f"{start} cannot be met | | | |"
+        else:
+            at_bound = found[f"bits_per_weight_at_{row['bound']:g}"]
+            yield (
+                f"{start} {found['bits_per_weight']:.2f} | {at_bound:.2f} | "
+                f"{found['evaluation_deviation']:.4f} | {found['wordsim353_compressed']:.3f} |"
+            )
+
+
+def vgg_rows(results):
+    for row in results["rows"]:
+        before, after = (100 * row[name][0] for name in ("accuracy_before", "accuracy_after"))
+        yield (
+            f"| {row['name']} | {row['eps0']:g} | {row['bytes']:,} | {row['ratio']:.1f} | "
+            f"{row['test_deviation']:.4f} | {before:.1f} to {after:.1f} |"
+        )
+
+
+def rans_rows(results):
+    for row in results["coders"]:
+        yield (
+            f"| {row['entropy']:.1f} | {row['coder']} | {100 * row['size_over_entropy'] - 100:.1f} "
+            f"| {row['encode_over_constriction']:.2f} | {row['decode_over_constriction']:.2f} |"
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("minilm", minilm_rows), ("vgg", vgg_rows), ("rans", rans_rows)]
+)
+def test_tables_show_the_committed_results(name, rows):
+    page = (ROOT / "docs" / "riq.md").read_text()
+    for row in rows(json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())):
+        assert row in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

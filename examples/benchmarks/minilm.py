@@ -7,14 +7,12 @@ Every row is `examples/minilm.py` in a process of its own, so that each starts c
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import jax
+from machine import write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -34,7 +32,7 @@ def run(bound: float, eps0: float) -> dict[str, float] | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--bounds", type=float, nargs="+", default=[0.001, 0.005, 0.02])
     parser.add_argument("--eps0", type=float, nargs="+", default=[0.01, 0.003, 0.0])
     parser.add_argument("--json", type=Path)
@@ -65,9 +63,7 @@ def main() -> None:
                 f"{found['wordsim353_float']:.4f} to {found['wordsim353_compressed']:.4f}",
             )
     Console(width=130).print(table)
-    if args.json:
-        machine = f"{os.cpu_count()} cores, {platform.machine()}, jax {jax.__version__}"
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+    write_json(args.json, {"rows": rows}, "jax", "flax")
 
 
 if __name__ == "__main__":
