@@ -70,7 +70,7 @@ class LeafInfo(NamedTuple):
       shape: Its shape.
       dtype: The dtype it dequantizes to.
       codes: The dtype of its codes; empty for a leaf stored as it is.
-      bytes: What it takes in the file; leaves that share a stream are charged by size.
+      bytes: What it takes in the file; leaves that share a stream are charged by their entropy.
     """
 
     path: str
@@ -209,13 +209,15 @@ def info(path: str | os.PathLike) -> FileInfo:
     sizes = {name: stop - start for name, (_, _, (start, stop)) in listing.items()}
     rows = []
     with _unsound(path, "leaves"):
-        sharers = sum(math.prod(e["shape"]) for e in entries.values() if "offset" in e)
+        sharers = sum(entry["bits"] for entry in entries.values() if "offset" in entry)
         for name, (native, dims, _) in sorted(listing.items()):
             if not name.startswith("__"):
-                entry = {"shape": tuple(dims), "dtype": NATIVE.get(native, native)}
-                entry |= entries.get(name, {})
-                shared = sizes[SHARED] if "offset" in entry and sharers else 0
-                taken = sizes[name] + math.prod(entry["shape"]) * shared // max(sharers, 1)
+                entry = entries.get(name, {})
+                if "codes" not in entry:
+                    entry = {"shape": tuple(dims), "dtype": NATIVE.get(native, native)} | entry
+                taken = sizes[name]
+                if "offset" in entry:
+                    taken += entry["bits"] * sizes.get(SHARED, 0) // sharers
                 dtype, codes = str(entry["dtype"]), str(entry.get("codes", ""))
                 rows.append(LeafInfo(name, entry["shape"], dtype, codes, taken))
     total = os.path.getsize(path)
@@ -286,7 +288,9 @@ def _encode_tree(
     for name, leaf in coded.items():
         entries[name], tensors[name] = _encode_grids(leaf)
         entries[name] |= {"moved": True} if layouts[name].moved else {}
-        entries[name] |= {"offset": offsets[name]} if name in offsets else {}
+        if name in offsets:
+            bits = ans.entropy_bits(ans.histogram(_codes(name, leaf))[1])
+            entries[name] |= {"offset": offsets[name], "bits": 1 + int(bits)}
     for done, (name, cut) in enumerate(segments.items(), 1):
         fields, blob = _encode_stream(cut, tables)
         entries[name] = entries.get(name, {"dtype": cut.dtype.name, "size": cut.size}) | fields
@@ -598,6 +602,7 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "grids": _grid_dims,
     "moved": _literal(bool),
     "offset": _natural,
+    "bits": _natural,
     "size": _natural,
     "segment": _natural,
     "per_lane": _natural,

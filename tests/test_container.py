@@ -26,7 +26,7 @@ from lnq import container, quantizer, tree
 from lnq.quantizer import FakeQuantTensor, QTensor, make_qparams
 
 GOLDEN = Path(__file__).with_name("golden.lnq")
-GOLDEN_SHA256 = "25d6544b285f868daf2d94ecbb7cbf5cf73ddaa9ca6d1bad82ce4768d3976478"
+GOLDEN_SHA256 = "2cd39be378754caa33b8d099a638c0a0b2a987304e9f2b0ae008ebef3fe8e3c4"
 
 
 @jax.tree_util.register_dataclass
