@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -135,7 +138,10 @@ def test_a_wrong_command_line_exits_with_2(folder, options):
 
 
 def test_demo_writes_a_small_real_file_that_keeps_the_accuracy(folder):
-    printed = lnq_("demo", "--out", "demo.lnq")
+    env = os.environ | {"PYTHONPATH": str(Path(lnq.__file__).parents[1]), "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", "from lnq.cli import main; main()", "demo"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    printed = done.stdout
     rows = [line.split() for line in printed.splitlines()]
     ours = next(row for row in rows if row[:3] == ["RIQ", "<", "0.005"])
     size = int(ours[3].replace(",", ""))
