@@ -186,12 +186,16 @@ def dequantize(qtree: Any) -> Any:
       {'bias': 3, 'kernel': Array([0.5, 1. ], dtype=float32)}
     """
 
-    def leaf(x: Any) -> Any:
-        if isinstance(x, QTensor):
-            return _values(x.codes.astype(jnp.float32), x.qparams).astype(x.dtype)
-        return fake_quant(x.values, x.qparams).astype(x.dtype) if is_quantized(x) else x
+    return jax.tree.map(
+        lambda x: _dequantize(x) if is_quantized(x) else x, qtree, is_leaf=is_quantized
+    )
 
-    return jax.tree.map(leaf, qtree, is_leaf=is_quantized)
+
+@jax.jit
+def _dequantize(leaf: QTensor | FakeQuantTensor) -> jax.Array:
+    if isinstance(leaf, QTensor):
+        return _values(leaf.codes.astype(jnp.float32), leaf.qparams).astype(leaf.dtype)
+    return fake_quant(leaf.values, leaf.qparams).astype(leaf.dtype)
 
 
 def narrow(leaf: QTensor) -> QTensor:

@@ -85,10 +85,18 @@ def check_finite(params: Params) -> None:
 
     Under ``jit`` there are no values to look at, and nothing is checked.
     """
-    for name, leaf in named_leaves(params):
-        if isinstance(leaf, jax.core.Tracer) or not is_float(leaf):
-            continue
-        with jax.ensure_compile_time_eval():  # a constant of a function being traced has values too
-            finite = bool(jnp.isfinite(leaf).all())
-        if not finite:
+    leaves = {
+        name: leaf
+        for name, leaf in named_leaves(params)
+        if is_float(leaf) and not isinstance(leaf, jax.core.Tracer)
+    }
+    with jax.ensure_compile_time_eval():  # a constant of a function being traced has values too
+        finite = _all_finite(leaves)
+    for name in leaves:
+        if not finite[name]:
             raise ValueError(f"params: {name!r} holds NaN or infinity; nothing was quantized")
+
+
+@jax.jit
+def _all_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), leaves)

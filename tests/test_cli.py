@@ -137,6 +137,7 @@ def test_a_wrong_command_line_exits_with_2(folder, options):
     lnq_("compress", "net.npz", "x.lnq", *options, code=2)
 
 
+@pytest.mark.slow
 def test_demo_writes_a_small_real_file_that_keeps_the_accuracy(folder):
     env = os.environ | {"PYTHONPATH": str(Path(lnq.__file__).parents[1]), "XLA_FLAGS": ""}
     command = [sys.executable, "-c", "from lnq.cli import main; main()", "demo"]
