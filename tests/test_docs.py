@@ -22,6 +22,7 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
 def test_code_on_a_page_prints_what_the_page_shows(page, fresh):
     blocks = SHOWN.findall(page.read_text())
