@@ -20,8 +20,8 @@ Symbols too rare to earn a slot are coded as an escape and stored raw.
 
 Source: Duda, `Asymmetric numeral systems <https://arxiv.org/abs/1311.2540>`_, 2013; Giesen,
 `Interleaved entropy coders <https://arxiv.org/abs/1402.3392>`_, 2014. RIQ's authors use tANS with
-one small table per tensor, 1-14 % above the entropy; on Gaussian and Laplace codes this coder
-stays within 0.5 % (``examples/benchmarks/rans.py``), on very heavy tails within 3 %.
+one small table per tensor. On Gaussian and Laplace codes this coder stays within 0.5 % of the
+entropy (``examples/benchmarks/rans.py``); very heavy tails cost more.
 """
 
 import math

@@ -87,7 +87,7 @@ class LeafRow(NamedTuple):
       bits: Fixed width that holds its range; bits per entry, the widest of its layers.
       entropy_bits: Order-0 entropy and 32 bits per level; bits of the whole leaf.
       cosine_distance: Between the leaf and its reconstruction.
-      predicted: The distance its step was chosen for, mean of its layers.
+      predicted: The distance its step was chosen for, all entries counted.
     """
 
     path: str
@@ -303,16 +303,10 @@ def quantize(
       0.6
     """
     tree.check_finite(params)
-    chosen = {name: axes for name, _, axes in _chosen(params, select, stacked)}
-
-    def leaf(name: str, w: Any) -> Any:
-        if name not in chosen:
-            return w
-        return _quantize_array(
-            w, k, eps0=eps0, rule=rule, stacked=chosen[name], ignore_zeros=ignore_zeros
-        )
-
-    return tree.map_named(leaf, params)
+    options = {"eps0": eps0, "rule": rule, "ignore_zeros": ignore_zeros}
+    return _map_chosen(
+        lambda w, axes: _quantize_array(w, k, stacked=axes, **options), params, select, stacked
+    )
 
 
 def bisection(
@@ -454,7 +448,7 @@ def compress_weights(
     _check(params, max_deviation, eps0)
     layers = _layers(params, select, stacked, ignore_zeros)
     k, trace = _search(deviations, layers, max_deviation, eps0, 0.0, search, progress)
-    return _finish(params, method, k, trace, layers, eps0, rule)
+    return _finish(params, k, trace, layers, **method.keywords)
 
 
 def compress(
@@ -531,7 +525,7 @@ def compress(
         return np.concatenate([np.atleast_1d(x) for x in found])
 
     k, trace = _search(deviations, layers, max_deviation, eps0, standard_errors, search, progress)
-    return _finish(params, method, k, trace, layers, eps0, rule)
+    return _finish(params, k, trace, layers, **method.keywords)
 
 
 _quantize_array = jax.jit(quantize_array, static_argnames=("rule", "stacked", "ignore_zeros"))
@@ -571,6 +565,17 @@ def _chosen(
             f"than {MIN_SIZE} entries, `select` may name others"
         )
     return chosen
+
+
+def _map_chosen(
+    fn: Callable[[jax.Array, int], Any],
+    params: Params,
+    select: Select | None,
+    stacked: Select | None,
+) -> Params:
+    """Replace every leaf to quantize by ``fn(leaf, stacked axes)``."""
+    chosen = {name: axes for name, _, axes in _chosen(params, select, stacked)}
+    return tree.map_named(lambda name, w: fn(w, chosen[name]) if name in chosen else w, params)
 
 
 def _layers(
@@ -657,18 +662,23 @@ def _search(
 
 def _finish(
     params: Params,
-    method: Callable,
     k: float,
     trace: tuple[Evaluation, ...],
     layers: np.ndarray,
+    *,
     eps0: float,
     rule: Rule,
+    select: Select | None,
+    stacked: Select | None,
+    ignore_zeros: bool,
 ) -> tuple[Params, RIQInfo]:
-    """The tree at k, and what a person wants to know about it."""
-    qtree = jax.tree.map(
-        lambda x: narrow(x) if _is_qtensor(x) else x,
-        method(params, jnp.float32(k)),
-        is_leaf=_is_qtensor,
+    """The tree at k, narrowed leaf by leaf, and what a person wants to know about it."""
+    options = {"eps0": eps0, "rule": rule, "ignore_zeros": ignore_zeros}
+    qtree = _map_chosen(
+        lambda w, axes: narrow(_quantize_array(w, jnp.float32(k), stacked=axes, **options)),
+        params,
+        select,
+        stacked,
     )
     _, deviation, error = next(e for e in trace if e.k == k)
     return qtree, RIQInfo(

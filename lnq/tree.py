@@ -91,7 +91,7 @@ def check_finite(params: Params) -> None:
         if is_float(leaf) and not isinstance(leaf, jax.core.Tracer)
     }
     with jax.ensure_compile_time_eval():  # a constant of a function being traced has values too
-        finite = _all_finite(leaves)
+        finite = jax.device_get(_all_finite(leaves))
     for name in leaves:
         if not finite[name]:
             raise ValueError(f"params: {name!r} holds NaN or infinity; nothing was quantized")
