@@ -21,6 +21,7 @@ __all__ = [
     "QParams",
     "QTensor",
     "dequantize",
+    "dequantize_array",
     "fake_quant",
     "is_quantized",
     "make_qparams",
@@ -45,6 +46,8 @@ class QParams:
       qmax: Largest code.
       in_scale: Optional second factor of the step, along the contracting axes; value units are
         those of ``scale * in_scale``.
+      dtype: For the grid of an activation, the integer dtype in which its codes are multiplied;
+        None where it is rounded in float. The only static field.
     """
 
     scale: jax.Array
@@ -52,6 +55,7 @@ class QParams:
     qmin: jax.Array
     qmax: jax.Array
     in_scale: jax.Array | None = None
+    dtype: Any = field(default=None, metadata={"static": True})
 
     @property
     def bits(self) -> jax.Array:
@@ -191,11 +195,14 @@ def dequantize(qtree: Any) -> Any:
     )
 
 
-@jax.jit
-def _dequantize(leaf: QTensor | FakeQuantTensor) -> jax.Array:
+def dequantize_array(leaf: QTensor | FakeQuantTensor) -> jax.Array:
+    """The float array of one quantized leaf."""
     if isinstance(leaf, QTensor):
         return _values(leaf.codes.astype(jnp.float32), leaf.qparams).astype(leaf.dtype)
     return fake_quant(leaf.values, leaf.qparams).astype(leaf.dtype)
+
+
+_dequantize = jax.jit(dequantize_array)
 
 
 def narrow(leaf: QTensor) -> QTensor:

@@ -1,0 +1,1366 @@
+r"""Find, observe and rewrite every place where a parameter meets data, in code we did not write.
+
+A *site* is a product (``dot_general``, ``conv_general_dilated``, ``ragged_dot_general``) of data
+and a leaf of the parameter tree, the leaf seen through views only: transposes, reshapes, casts,
+broadcasts, slices, gathers over a mesh, the slicing of a ``scan``. This module traces a model to
+its jaxpr and runs that jaxpr again with a rule of its own at each site:
+
+* :func:`find_sites` lists them, and every use of a leaf that is not one, with the reason;
+* :func:`tap` returns statistics of the data that each site reads;
+* :func:`perturbed` adds a given array to each site's output, so that ``jax.grad`` sees it;
+* :func:`quantized` multiplies by integer codes, and rounds the data if the leaf says how.
+
+All happens while tracing: under ``jit`` the result is an ordinary program, and it works under
+``grad``, ``vmap``, ``shard_map`` and ``jax.export`` because it is made of public JAX calls.
+
+The file reads in order: what a site is; leaves and their views; the interpreter; what it does at
+calls, loops, branches and shards; the four functions.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from itertools import pairwise
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from lnq import tree
+from lnq.quantizer import (
+    QParams,
+    QTensor,
+    dequantize_array,
+    fake_quant,
+    is_quantized,
+    quantize,
+)
+from lnq.types import ApplyFn, Params
+
+__all__ = [
+    "OtherUse",
+    "Site",
+    "Sites",
+    "Stat",
+    "find_sites",
+    "perturbed",
+    "quantized",
+    "tap",
+]
+
+
+class Site(NamedTuple):
+    """A product of a leaf and data.
+
+    Axes are those of the whole leaf, stacked ones included.
+
+    Attributes:
+      path: Name of the leaf.
+      use: Which of the leaf's sites this is, in forward order.
+      primitive: ``dot_general``, ``conv_general_dilated`` or ``ragged_dot_general``.
+      shape: Shape of the leaf.
+      contracting: Axes that are summed over.
+      channels: Axes that each have their own place in the output.
+      batch: Axes shared with the data: experts, models under ``vmap``.
+      sliced: Leading axes that a ``scan`` slices off.
+      act: Shape and dtype of the data, as the product reads it (inside loops and shards).
+      act_channels: Axes of the data that are summed over; for a convolution its features.
+      out: Shape and dtype of the product.
+      macs: Multiplications and additions of one call, all slices counted.
+      input: Number of the value it reads; equal where sites read the same.
+      bias: Name of the leaf added to the product, or None.
+      affine: Names of the leaves in further sums and products that follow (batch-norm).
+      chain: Elementwise functions that follow, until the value forks or changes shape.
+      loops: Numbers of the loops, branches and shards it is inside of.
+      stack: ``(loop, length)`` of each scan that slices the leaf and each ``shard_map`` around it:
+        leading axes of raw results and of deltas.
+      shards: Those of ``loops`` that are a ``shard_map``.
+      note: What a user should know, or empty.
+    """
+
+    path: str
+    use: int
+    primitive: str
+    shape: tuple[int, ...]
+    contracting: tuple[int, ...]
+    channels: tuple[int, ...]
+    batch: tuple[int, ...]
+    sliced: tuple[int, ...]
+    act: jax.ShapeDtypeStruct
+    act_channels: tuple[int, ...]
+    out: jax.ShapeDtypeStruct
+    macs: int
+    input: int = -1
+    bias: str | None = None
+    affine: tuple[str, ...] = ()
+    chain: tuple[str, ...] = ()
+    loops: tuple[int, ...] = ()
+    stack: tuple[tuple[int, int], ...] = ()
+    shards: tuple[int, ...] = ()
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """The leaf's name, and ``@use`` from its second site on."""
+        return f"{self.path}@{self.use}" if self.use else self.path
+
+    @property
+    def delta(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of what :func:`perturbed` adds here."""
+        lengths = tuple(length for _, length in self.stack)
+        return jax.ShapeDtypeStruct(lengths + self.out.shape, self.out.dtype)
+
+
+class OtherUse(NamedTuple):
+    """What is not quantized: a leaf used otherwise, or a product that no leaf is in.
+
+    Attributes:
+      path: Name of the leaf; of several, joined by `` + ``; empty for a product of data.
+      primitive: What uses it.
+      reason: Why it is not quantized there.
+      shape: Shape of the first result.
+    """
+
+    path: str
+    primitive: str
+    reason: str
+    shape: tuple[int, ...]
+
+
+class Sites(NamedTuple):
+    """All that a trace shows, in forward order."""
+
+    sites: tuple[Site, ...]
+    others: tuple[OtherUse, ...]
+
+
+class Stat(NamedTuple):
+    """A statistic of the data at a site, as a monoid.
+
+    Attributes:
+      observe: ``observe(x, site) -> stat``, a pytree of arrays.
+      init: ``init(structure of stat) -> identity of merge``; None where there is none.
+      merge: ``merge(stat, stat) -> stat``, associative; None for raw results, which are stacked
+        by ``scan`` and ``shard_map`` and cannot leave a ``while`` or a branch.
+    """
+
+    observe: Callable[[jax.Array, Site], Any]
+    init: Callable[[Any], Any] | None = None
+    merge: Callable[[Any, Any], Any] | None = None
+
+
+# Leaves and their views.
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Weight:
+    """An array made of parameters alone, and if ``path`` is set a view of that leaf.
+
+    Attributes:
+      value: The array, perhaps quantized; itself already transposed, reshaped and so on.
+      acts: Grids of the data at the leaf's sites.
+      path: Name of the leaf, or None for what was computed from leaves.
+      shape: Of the whole leaf.
+      axes: Which axes of the leaf stand behind each axis of the view.
+      sliced: ``(loop, length)`` of every scan that sliced it.
+      sources: Names of all leaves in it.
+    """
+
+    value: Any
+    acts: tuple[QParams | None, ...] = ()
+    path: str | None = field(default=None, metadata={"static": True})
+    shape: tuple[int, ...] = field(default=(), metadata={"static": True})
+    axes: tuple[tuple[int, ...], ...] = field(default=(), metadata={"static": True})
+    sliced: tuple[tuple[int, int], ...] = field(default=(), metadata={"static": True})
+    sources: tuple[str, ...] = field(default=(), metadata={"static": True})
+
+    def numbers(self) -> jax.Array:
+        """The float array."""
+        return dequantize_array(self.value) if is_quantized(self.value) else self.value
+
+
+def _leaf(path: str, leaf: Any) -> _Weight:
+    axes = tuple((axis,) for axis in range(len(leaf.shape)))
+    acts = leaf.acts if is_quantized(leaf) else ()
+    value = replace(leaf, acts=()) if is_quantized(leaf) else leaf
+    return _Weight(value, acts, path, tuple(leaf.shape), axes, (), (path,))
+
+
+def _array(value: Any) -> Any:
+    return value.numbers() if isinstance(value, _Weight) else value
+
+
+Entry = tuple[int, ...]
+"""A shape of the codes: before or after a view."""
+
+STUCK = object()
+"""What a view of a field is where the grid has no such form."""
+
+
+class _View(NamedTuple):
+    """One primitive that moves entries without changing them.
+
+    Attributes:
+      move: ``(params, rest, array, old, new)``: the array (codes, or a field of their grid) after
+        it, where the codes go from shape ``old`` to ``new``; ``STUCK`` if that cannot be written.
+      axes: ``(params, axes, old, new)``: leaf axes behind each new axis.
+    """
+
+    move: Callable[[Mapping[str, Any], Sequence[Any], jax.Array, Entry, Entry], Any]
+    axes: Callable[[Mapping[str, Any], tuple, Entry, Entry], tuple]
+
+
+def _same_axes(params: Mapping[str, Any], axes: tuple, old: Entry, new: Entry) -> tuple:
+    return axes
+
+
+def _moved_broadcast(params, rest, array, old, new):
+    dims = params["broadcast_dimensions"]
+    kept = dict(zip(dims, array.shape, strict=True))
+    shape = [kept.get(axis, 1) for axis in range(len(new))]
+    if array.shape == old:  # codes are repeated, a shared field stays shared
+        shape = list(new)
+    return lax.broadcast_in_dim(array, shape, dims)
+
+
+def _broadcast_axes(params, axes, old, new):
+    behind = dict(zip(params["broadcast_dimensions"], axes, strict=True))
+    return tuple(behind.get(axis, ()) for axis in range(len(new)))
+
+
+def _regrouped(old: Entry, new: Entry) -> Iterator[tuple[range, range]]:
+    """Runs of old and of new axes that hold the same entries in a reshape."""
+    i = j = 0
+    while i < len(old) or j < len(new):
+        start_i, start_j = i, j
+        i, j = min(i + 1, len(old)), min(j + 1, len(new))
+        while prod(old[start_i:i]) != prod(new[start_j:j]):
+            if prod(old[start_i:i]) < prod(new[start_j:j]):
+                i += 1
+            else:
+                j += 1
+        yield range(start_i, i), range(start_j, j)
+
+
+def _moved_reshape(params, rest, array, old, new):
+    if params.get("dimensions") is not None:
+        return STUCK
+    shape = []
+    for before, after in _regrouped(old, new):
+        dims, sizes = [array.shape[i] for i in before], [old[i] for i in before]
+        groups = prod(dims)
+        # Contiguous groups: whole axes, then part of one, then shared ones.
+        cut = next((k for k, (d, n) in enumerate(zip(dims, sizes, strict=True)) if d != n), None)
+        if cut is not None and any(d != 1 for d in dims[cut + 1 :]):
+            return STUCK
+        for j in after:
+            if groups % new[j] and new[j] % groups:
+                return STUCK
+            shape.append(min(groups, new[j]) if groups else 0)
+            groups = max(groups // new[j], 1) if new[j] else groups
+    return array.reshape(shape)
+
+
+def _reshaped_axes(params, axes, old, new):
+    found: list[tuple[int, ...]] = []
+    for before, after in _regrouped(old, new):
+        behind = tuple(sorted({axis for i in before for axis in axes[i]}))
+        found += [behind if new[j] > 1 or len(after) == 1 else () for j in after]
+    return tuple(found)
+
+
+def _moved_slice(params, rest, array, old, new):
+    start, limit = params["start_indices"], params["limit_indices"]
+    strides = params["strides"] or (1,) * len(old)
+    for axis, (size, full) in enumerate(zip(array.shape, old, strict=True)):
+        if size == full and full != 1:
+            array = lax.slice_in_dim(array, start[axis], limit[axis], strides[axis], axis)
+        elif size != 1 and new[axis] != full:
+            return STUCK
+    return array
+
+
+def _moved_dynamic_slice(params, rest, array, old, new):
+    for axis, (size, full) in enumerate(zip(array.shape, old, strict=True)):
+        if size == full and full != 1:
+            array = lax.dynamic_slice_in_dim(array, rest[axis], new[axis], axis)
+        elif size != 1 and new[axis] != full:
+            return STUCK
+    return array
+
+
+def _moved_all_gather(params, rest, array, old, new):
+    axis = params["all_gather_dimension"]
+    if not params["tiled"]:
+        return STUCK
+    if array.shape[axis] != old[axis] and array.shape[axis] != 1:
+        return STUCK
+    if array.shape[axis] == 1 and old[axis] != 1:
+        return array
+    return lax.all_gather(
+        array,
+        params["axis_name"],
+        axis_index_groups=params["axis_index_groups"],
+        axis=axis,
+        tiled=True,
+    )
+
+
+VIEWS = {
+    "transpose": _View(
+        lambda params, rest, a, old, new: lax.transpose(a, params["permutation"]),
+        lambda params, axes, old, new: tuple(axes[i] for i in params["permutation"]),
+    ),
+    "reshape": _View(_moved_reshape, _reshaped_axes),
+    "squeeze": _View(
+        lambda params, rest, a, old, new: lax.squeeze(a, params["dimensions"]),
+        lambda params, axes, old, new: tuple(
+            x for i, x in enumerate(axes) if i not in params["dimensions"]
+        ),
+    ),
+    "broadcast_in_dim": _View(_moved_broadcast, _broadcast_axes),
+    "rev": _View(lambda params, rest, a, old, new: lax.rev(a, params["dimensions"]), _same_axes),
+    "slice": _View(_moved_slice, _same_axes),
+    "dynamic_slice": _View(_moved_dynamic_slice, _same_axes),
+    "all_gather": _View(_moved_all_gather, _same_axes),
+    "copy": _View(lambda params, rest, a, old, new: a, _same_axes),
+    "convert_element_type": _View(lambda params, rest, a, old, new: a, _same_axes),
+}
+"""Primitives through which a leaf stays that leaf."""
+
+
+def _view(eqn: jex.JaxprEqn, weight: _Weight, rest: Sequence[Any]) -> _Weight | None:
+    """The leaf after a view; None if the primitive is not one."""
+    name, new = eqn.primitive.name, eqn.outvars[0].aval
+    if name not in VIEWS or not jnp.issubdtype(new.dtype, jnp.floating):
+        return None
+    value, shapes = weight.value, (tuple(weight.value.shape), tuple(new.shape))
+    move = partial(VIEWS[name].move, eqn.params, rest)
+    axes = VIEWS[name].axes(eqn.params, weight.axes, *shapes) if weight.path is not None else ()
+    if is_quantized(value):
+        moved = jax.tree.map(lambda a: move(a, *shapes), value)
+        if not any(a is STUCK for a in jax.tree.leaves(moved)):
+            return replace(weight, value=replace(moved, dtype=new.dtype), axes=axes)
+        value = dequantize_array(value)
+    return replace(weight, value=_bind(eqn, [value, *rest])[0], axes=axes)
+
+
+# The interpreter.
+
+
+class _Event(NamedTuple):
+    """One equation seen while finding sites: identities of data in and out."""
+
+    name: str
+    reads: tuple[int, ...]
+    writes: int
+    weights: tuple[_Weight, ...]
+    shape: tuple[int, ...]
+    elementwise: bool
+
+
+class _Axes(NamedTuple):
+    """Roles of the axes of a product's weight and of its data."""
+
+    weight_sum: tuple[int, ...]
+    weight_batch: tuple[int, ...]
+    data_sum: tuple[int, ...]
+
+
+class _Product(NamedTuple):
+    """A site as the interpreter meets it."""
+
+    site: Site
+    eqn: jex.JaxprEqn
+    side: int
+    axes: _Axes
+    x: jax.Array
+    weight: _Weight
+    rest: tuple[Any, ...]
+
+    def bind(self, x: Any, w: Any, **params: Any) -> jax.Array:
+        """The product of two arrays, by its own parameters or others."""
+        operands = (w, x) if self.side == 0 else (x, w)
+        out = self.eqn.primitive.bind(*operands, *self.rest, **(self.eqn.params | params))
+        return out
+
+
+Rule = Callable[["_Scope", _Product], jax.Array]
+"""What is done at a site."""
+
+
+@dataclass
+class _Scope:
+    """Where the interpreter is, and what it has seen; loops run in copies of it.
+
+    Attributes:
+      rule: What to do at a site.
+      loops: Numbers of the enclosing loops, branches and shards.
+      shards: Number and devices of the enclosing ``shard_map``.
+      next_loop: Number of the next one.
+      uses: Sites seen so far of each leaf.
+      results: What the sites of this scope returned, by name.
+      deltas: What is to be added at the sites of this scope, by name.
+      plan: All sites of the model, where known.
+      stat: Of :func:`tap`.
+      events: While finding sites: every equation.
+      found: While finding sites: sites and other uses, in order.
+      alive: While finding sites: values, so that their ``id`` stays theirs.
+      alias: While finding sites: identity of values that are casts or views of others.
+      note: For sites of this scope.
+    """
+
+    rule: Rule
+    loops: tuple[int, ...] = ()
+    shards: tuple[tuple[int, int], ...] = ()
+    next_loop: int = 0
+    uses: dict[str, int] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    deltas: dict[str, Any] = field(default_factory=dict)
+    plan: tuple[Site, ...] = ()
+    stat: Stat | None = None
+    events: list[_Event] | None = None
+    found: list[tuple[Any, int]] = field(default_factory=list)
+    alive: list[Any] = field(default_factory=list)
+    alias: dict[int, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def finding(self) -> bool:
+        return self.events is not None
+
+    def copy(self) -> "_Scope":
+        return replace(
+            self,
+            uses=dict(self.uses),
+            results={},
+            deltas=dict(self.deltas),
+            events=None if self.events is None else list(self.events),
+            found=list(self.found),
+        )
+
+    def enter(self) -> "_Scope":
+        """The scope of a loop's body; copy it for every trace of the body."""
+        return replace(
+            self.copy(), loops=(*self.loops, self.next_loop), next_loop=self.next_loop + 1
+        )
+
+    def leave(self, inner: "_Scope") -> None:
+        """Go on behind what ``inner`` has seen."""
+        self.uses, self.next_loop = inner.uses, inner.next_loop
+        self.events, self.found = inner.events, inner.found
+
+    def sites_inside(self) -> list[Site]:
+        """Sites of the loop that is about to be entered."""
+        return [site for site in self.plan if self.next_loop in site.loops]
+
+    def identity(self, site: Site) -> Any:
+        """What a site returns, seen from the loop about to be entered, before it saw data."""
+        if self.stat is None or self.stat.init is None:
+            raise ValueError(
+                f"tap: site {site.name!r} is inside a loop or branch that cannot return results "
+                "of unbounded size; give a Stat with `init` and `merge`"
+            )
+        observe = partial(self.stat.observe, site=site)
+        start = self.stat.init(jax.eval_shape(observe, site.act))
+        lengths = tuple(n for loop, n in self.stacked_inside(site))
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, lengths + a.shape), start)
+
+    def merge(self, site: Site, a: Any, b: Any) -> Any:
+        """Merge two results of a site, as seen from the loop about to be entered."""
+        assert self.stat is not None
+        assert self.stat.merge is not None
+        merge = self.stat.merge
+        for _ in self.stacked_inside(site):
+            merge = jax.vmap(merge)
+        return merge(a, b)
+
+    def stacked_inside(self, site: Site) -> list[tuple[int, int]]:
+        """Scans inside the loop about to be entered that stack a site's merged results."""
+        return [
+            (loop, n) for loop, n in site.stack if loop > self.next_loop and loop not in site.shards
+        ]
+
+    def other(self, eqn: jex.JaxprEqn, weights: Sequence[_Weight], reason: str) -> None:
+        """Note a use that is not quantized."""
+        if self.finding:
+            named = [w.path for w in weights if w.path is not None]
+            sources = named or sorted({name for w in weights for name in w.sources})
+            shape = tuple(eqn.outvars[0].aval.shape) if eqn.outvars else ()
+            use = OtherUse(" + ".join(sources), eqn.primitive.name, reason, shape)
+            self.found.append((use, -1))
+
+
+def _open(jaxpr: Any) -> tuple[jex.Jaxpr, Sequence[Any]]:
+    """A jaxpr and its constants, whichever kind it is."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def _run(scope: _Scope, closed: Any, values: Sequence[Any]) -> list[Any]:
+    """Evaluate a jaxpr on arrays and leaves."""
+    jaxpr, consts = _open(closed)
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=False))
+    env.update(zip(jaxpr.invars, values, strict=True))
+
+    def read(var: Any) -> Any:
+        return var.val if isinstance(var, jex.Literal) else env[var]
+
+    for eqn in jaxpr.eqns:
+        inputs = [read(var) for var in eqn.invars]
+        outputs = _step(scope, eqn, inputs)
+        if scope.finding and CALLS.get(eqn.primitive.name) is not _inline:
+            _observe(scope, eqn, inputs, outputs)
+        env.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(var) for var in jaxpr.outvars]
+
+
+def _step(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
+    """One equation."""
+    name = eqn.primitive.name
+    weights = [v for v in values if isinstance(v, _Weight)]
+    if name in PRODUCTS:
+        return [_product(scope, eqn, values)]
+    if weights and values[0] is weights[0] and len(weights) == 1:
+        view = _view(eqn, weights[0], values[1:])
+        if view is not None:
+            return [view]
+    if name in CALLS and (weights or scope.finding):
+        return CALLS[name](scope, eqn, values)
+    return _plain(scope, eqn, values)
+
+
+def _plain(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any], reason: str = "") -> list[Any]:
+    """Bind an equation as it is; leaves enter as float arrays."""
+    weights = [v for v in values if isinstance(v, _Weight)]
+    if not weights:
+        return _bind(eqn, values)
+    if any(w.path is not None for w in weights):
+        scope.other(eqn, [w for w in weights if w.path is not None], reason or _reason(eqn))
+    outputs = _bind(eqn, [_array(v) for v in values])
+    literal = [isinstance(var, jex.Literal) for var in eqn.invars]
+    if all(a or isinstance(v, _Weight) for a, v in zip(literal, values, strict=True)):
+        sources = tuple(sorted({name for w in weights for name in w.sources}))
+        return [_Weight(out, sources=sources) for out in outputs]
+    return outputs
+
+
+def _reason(eqn: jex.JaxprEqn) -> str:
+    name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape if eqn.outvars else ()
+    if name in ("gather", "dynamic_slice", "slice"):
+        return "lookup"
+    if name.startswith(("reduce_", "arg", "cum")):
+        return "reduction"
+    if name in CALLS or any(True for _ in jex.jaxprs_in_params(eqn.params)):
+        return "opaque primitive"
+    if all(_broadcasts(var.aval.shape, shape) for var in eqn.invars):
+        return "elementwise"
+    return "opaque primitive"
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    pairs = zip(shape, to, strict=False)
+    return not shape or (len(shape) == len(to) and all(n in (1, m) for n, m in pairs))
+
+
+def _bind(eqn: jex.JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """Bind an equation with its own parameters; derivative rules are kept."""
+    if not any(True for _ in jex.jaxprs_in_params(eqn.params)):
+        out = eqn.primitive.bind(*values, **eqn.params)
+        return list(out) if eqn.primitive.multiple_results else [out]
+    pairs = zip(eqn.invars, values, strict=True)
+    operands = {var: value for var, value in pairs if not isinstance(var, jex.Literal)}
+    jaxpr = jex.Jaxpr((), list(operands), eqn.outvars, [eqn], eqn.effects)
+    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*operands.values())
+
+
+def _dot_axes(params: Mapping[str, Any], side: int) -> _Axes:
+    contract, batch = params["dimension_numbers"]
+    return _Axes(tuple(contract[side]), tuple(batch[side]), tuple(contract[1 - side]))
+
+
+def _conv_axes(params: Mapping[str, Any], side: int) -> _Axes | None:
+    numbers = params["dimension_numbers"]
+    return _Axes(tuple(numbers.rhs_spec[1:]), (), (numbers.lhs_spec[1],)) if side == 1 else None
+
+
+def _ragged_axes(params: Mapping[str, Any], side: int) -> _Axes | None:
+    numbers = params["ragged_dot_dimension_numbers"]
+    contract, batch = numbers.dot_dimension_numbers
+    groups = tuple(numbers.rhs_group_dimensions)
+    if side == 0 or not groups:
+        return None
+    return _Axes(tuple(contract[1]), tuple(batch[1]) + groups, tuple(contract[0]))
+
+
+PRODUCTS: dict[str, Callable[[Mapping[str, Any], int], _Axes | None]] = {
+    "dot_general": _dot_axes,
+    "conv_general_dilated": _conv_axes,
+    "ragged_dot_general": _ragged_axes,
+}
+
+
+def _product(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any]) -> Any:
+    """A product: a site if one operand is a leaf and the other is data."""
+    sides = [isinstance(v, _Weight) for v in values[:2]]
+    if not any(sides):
+        scope.other(eqn, [], "product of data")
+    if sides[0] == sides[1]:
+        return _plain(scope, eqn, values, "product of leaves")[0]
+    side = sides.index(True)
+    weight, x = values[side], values[1 - side]
+    axes = PRODUCTS[eqn.primitive.name](eqn.params, side)
+    if weight.path is None:
+        scope.other(eqn, [weight], "the weight is computed from leaves")
+        return _plain(scope, eqn, values)[0]
+    if axes is None or not axes.weight_sum:
+        return _plain(scope, eqn, values, "not a sum over the leaf's axes")[0]
+
+    site = _site(scope, eqn, side, weight, axes)
+    scope.uses[weight.path] = site.use + 1
+    if scope.finding:
+        scope.found.append((site, len(scope.events or ())))
+    rest = tuple(map(_array, values[2:]))
+    return scope.rule(scope, _Product(site, eqn, side, axes, x, weight, rest))
+
+
+def _site(scope: _Scope, eqn: jex.JaxprEqn, side: int, weight: _Weight, axes: _Axes) -> Site:
+    def behind(view_axes: Sequence[int]) -> set[int]:
+        return {axis for i in view_axes for axis in weight.axes[i]}
+
+    assert weight.path is not None
+    act, out = (
+        jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+        for var in (eqn.invars[1 - side], eqn.outvars[0])
+    )
+    sliced = tuple(range(len(weight.sliced)))
+    contracting = behind(axes.weight_sum)
+    batch = behind(axes.weight_batch) - contracting
+    rest = set(range(len(weight.shape))) - contracting - batch - set(sliced)
+    stack = tuple(sorted((*weight.sliced, *scope.shards)))
+    terms = prod(weight.value.shape[i] for i in axes.weight_sum)
+    return Site(
+        path=weight.path,
+        use=scope.uses.get(weight.path, 0),
+        primitive=eqn.primitive.name,
+        shape=weight.shape,
+        contracting=tuple(sorted(contracting)),
+        channels=tuple(sorted(rest)),
+        batch=tuple(sorted(batch)),
+        sliced=sliced,
+        act=act,
+        act_channels=axes.data_sum,
+        out=out,
+        macs=prod(out.shape) * terms * prod(length for _, length in stack),
+        loops=scope.loops,
+        stack=stack,
+        shards=tuple(loop for loop, _ in scope.shards),
+        note=scope.note,
+    )
+
+
+def _observe(scope: _Scope, eqn: jex.JaxprEqn, inputs: list[Any], outputs: list[Any]) -> None:
+    """Keep what :func:`_finish` needs to know about an equation."""
+    if not outputs:
+        return
+    data = [
+        v
+        for var, v in zip(eqn.invars, inputs, strict=True)
+        if not isinstance(v, _Weight) and not isinstance(var, jex.Literal)
+    ]
+    scope.alive += [*data, *outputs]
+    shape = tuple(eqn.outvars[0].aval.shape)
+    same = len(outputs) == 1 and all(np.shape(v) == shape for v in data)
+    if eqn.primitive.name in ("convert_element_type", "reshape", "copy") and len(data) == 1:
+        origin = scope.alias.get(id(data[0]), id(data[0]))
+        scope.alias[id(outputs[0])] = (shape, str(eqn.outvars[0].aval.dtype), origin)
+    assert scope.events is not None
+    scope.events.append(
+        _Event(
+            name=_function_name(eqn),
+            reads=tuple(map(id, data)),
+            writes=id(outputs[0]),
+            weights=tuple(v for v in inputs if isinstance(v, _Weight)),
+            shape=shape,
+            elementwise=same and not _has_loop(eqn) and eqn.primitive.name not in PRODUCTS,
+        )
+    )
+
+
+def _has_loop(eqn: jex.JaxprEqn) -> bool:
+    return eqn.primitive.name in CALLS and not eqn.primitive.name.startswith("custom_")
+
+
+def _function_name(eqn: jex.JaxprEqn) -> str:
+    """``relu`` rather than ``custom_jvp_call``."""
+    if "name" in eqn.params:
+        return str(eqn.params["name"])
+    for jaxpr in jex.jaxprs_in_params(eqn.params):
+        if len(jaxpr.eqns) == 1 and eqn.primitive.name.startswith("custom_"):
+            return _function_name(jaxpr.eqns[0])
+    return eqn.primitive.name
+
+
+# Calls, loops, branches, shards.
+
+
+def _inline(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
+    """``jit`` and its kin: run what is inside."""
+    return _run(scope, next(iter(_closed(eqn))), values)
+
+
+def _closed(eqn: jex.JaxprEqn) -> list[Any]:
+    """The jaxprs of an equation, constants kept."""
+    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+    return [eqn.params[name] for name in names if name in eqn.params]
+
+
+def _custom(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
+    """A custom derivative: kept, unless a site is inside."""
+    trial = replace(scope.copy(), events=[], found=[], rule=_product_only)
+    jax.eval_shape(lambda values: list(map(_array, _run(trial, _closed(eqn)[0], values))), values)
+    if any(isinstance(seen, Site) for seen, _ in trial.found):
+        inner = replace(scope.copy(), note="custom derivative replaced")
+        outputs = _run(inner, _closed(eqn)[0], values)
+        scope.leave(inner)
+        scope.results |= inner.results
+        return outputs
+    if scope.finding:
+        scope.found += [(use, -1) for use, _ in trial.found if not use.path]
+    return _plain(scope, eqn, values)
+
+
+def _remat(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
+    last: list[_Scope] = []
+
+    def body(*values: Any) -> tuple[list[Any], dict[str, Any]]:
+        inner = scope.copy()
+        outputs = _run(inner, eqn.params["jaxpr"], values)
+        last[:] = [inner]
+        return outputs, inner.results
+
+    policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
+    outputs, results = jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)(*values)
+    scope.leave(last[0])
+    scope.results |= results
+    return outputs
+
+
+def _strong(value: Any, aval: Any) -> Any:
+    """A loop's carry as its own dtype: Python numbers and weak types would change it."""
+    value = _array(value)
+    if isinstance(value, jax.Array) and not getattr(value, "weak_type", False):
+        return value
+    return lax.convert_element_type(value, aval.dtype)
+
+
+def _split(values: Sequence[Any], *counts: int) -> list[list[Any]]:
+    ends = np.cumsum([0, *counts, len(values) - sum(counts)])
+    return [list(values[a:b]) for a, b in pairwise(ends)]
+
+
+def _carried(scope: _Scope, eqn: jex.JaxprEqn, values: Sequence[Any], kept: set[int]) -> None:
+    """Note leaves that a loop carries and changes."""
+    changed = [v for i, v in enumerate(values) if isinstance(v, _Weight) and i not in kept]
+    if any(w.path is not None for w in changed):
+        scope.other(eqn, [w for w in changed if w.path is not None], "changed by a loop")
+
+
+def _unchanged(body: jex.Jaxpr, first: int, count: int) -> set[int]:
+    """Places in a loop's carry that the body returns as it got them."""
+    return {i for i in range(count) if body.outvars[i] is body.invars[first + i]}
+
+
+def _sliceable(weight: Any, length: int) -> Any:
+    """A stacked leaf all of whose arrays have the stacked axis in full."""
+    if not isinstance(weight, _Weight):
+        return weight
+
+    def full(a: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(a, (length, *a.shape[1:])) if a.shape[0] == 1 else a
+
+    return replace(
+        weight, value=jax.tree.map(full, weight.value), acts=jax.tree.map(full, weight.acts)
+    )
+
+
+def _slice_of(weight: Any, loop: int, length: int) -> Any:
+    if not isinstance(weight, _Weight) or weight.path is None:
+        return weight
+    return replace(weight, axes=weight.axes[1:], sliced=(*weight.sliced, (loop, length)))
+
+
+def _scan(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
+    """Leaves that are scanned over give stacked results; those that are constant, merged ones."""
+    closed, length = eqn.params["jaxpr"], eqn.params["length"]
+    jaxpr, _ = _open(closed)
+    pairs = list(zip(jaxpr.invars, eqn.invars, strict=True))
+    n_xs = sum(inner.aval.ndim != outer.aval.ndim for inner, outer in pairs)
+    ends = zip(jaxpr.outvars, eqn.outvars, strict=True)
+    n_carry = sum(inner.aval.ndim == outer.aval.ndim for inner, outer in ends)
+    n_consts = len(values) - n_carry - n_xs
+    consts, carry, xs = _split(values, n_consts, n_carry)
+    kept = _unchanged(jaxpr, n_consts, n_carry)
+    _carried(scope, eqn, carry, kept)
+    avals = [var.aval for var in jaxpr.invars[n_consts : n_consts + n_carry]]
+
+    start, last, loop = scope.enter(), [scope], scope.next_loop
+    inside = scope.sites_inside()
+    stacked = [site for site in inside if loop in dict(site.stack)]
+    merged = [site for site in inside if loop not in dict(site.stack)] if scope.stat else []
+    raw = [s.name for s in merged if scope.stat and scope.stat.merge is None]
+    totals = {site.name: scope.identity(site) for site in merged if site.name not in raw}
+    deltas = {s.name: scope.deltas[s.name] for s in stacked if s.name in scope.deltas}
+
+    def body(state: Any, slices: Any) -> Any:
+        moving, totals = state
+        slices, deltas = slices
+        inner = start.copy()
+        inner.deltas |= deltas
+        moving = iter(moving)
+        now = [v if i in kept else next(moving) for i, v in enumerate(carry)]
+        slices = [_slice_of(v, loop, length) for v in slices]
+        outputs = _run(inner, closed, [*consts, *now, *slices])
+        last[:] = [inner]
+        after, ys = outputs[:n_carry], [_array(y) for y in outputs[n_carry:]]
+        after = [_strong(v, avals[i]) for i, v in enumerate(after) if i not in kept]
+        results = inner.results
+        totals = {
+            s.name: scope.merge(s, totals[s.name], results.pop(s.name))
+            for s in merged
+            if s.name not in raw
+        }
+        return (after, totals), (ys, results)
+
+    init = [_strong(v, avals[i]) for i, v in enumerate(carry) if i not in kept]
+    xs = [_sliceable(v, length) for v in xs]
+    (after, totals), (ys, results) = lax.scan(
+        body,
+        (init, totals),
+        (xs, deltas),
+        length,
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+    )
+    scope.leave(last[0])
+    scope.results |= results | totals
+    after = iter(after)
+    return [v if i in kept else next(after) for i, v in enumerate(carry)] + ys
+
+
+def _while(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
+    """Results are merged from turn to turn."""
+    condition, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+    counts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    cond_consts, consts, carry = _split(values, *counts)
+    inner_jaxpr, _ = _open(body)
+    kept = _unchanged(inner_jaxpr, counts[1], len(carry))
+    _carried(scope, eqn, carry, kept)
+    avals = [var.aval for var in inner_jaxpr.invars[counts[1] :]]
+    start, last = scope.enter(), [scope]
+    merged = scope.sites_inside() if scope.stat else []
+    totals = {site.name: scope.identity(site) for site in merged}
+
+    def whole(moving: Sequence[Any]) -> list[Any]:
+        places = iter(moving)
+        return [v if i in kept else next(places) for i, v in enumerate(carry)]
+
+    def proceed(state: Any) -> Any:
+        arguments = [*map(_array, cond_consts), *map(_array, whole(state[0]))]
+        return jex.jaxpr_as_fun(condition)(*arguments)[0]
+
+    def turn(state: Any) -> Any:
+        moving, totals = state
+        inner = start.copy()
+        outputs = _run(inner, body, [*consts, *whole(moving)])
+        last[:] = [inner]
+        after = [_strong(v, avals[i]) for i, v in enumerate(outputs) if i not in kept]
+        totals = {s.name: scope.merge(s, totals[s.name], inner.results[s.name]) for s in merged}
+        return after, totals
+
+    init = [_strong(v, avals[i]) for i, v in enumerate(carry) if i not in kept]
+    moving, totals = lax.while_loop(proceed, turn, (init, totals))
+    scope.leave(last[0])
+    scope.results |= totals
+    return whole(moving)
+
+
+def _cond(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
+    """A branch that is not taken returns what it would before seeing data."""
+    index, *operands = values
+    branches = eqn.params["branches"]
+    inside = scope.sites_inside() if scope.stat else []
+    blank = {site.name: scope.identity(site) for site in inside}
+    starts = [scope.enter()]
+
+    def branch(i: int) -> tuple[list[Any], dict[str, Any]]:
+        inner = starts[i].copy()
+        outputs = _run(inner, branches[i], operands)
+        starts[i + 1 :] = [inner.copy()]
+        avals = [var.aval for var in eqn.outvars]
+        return [_strong(v, a) for v, a in zip(outputs, avals, strict=True)], blank | inner.results
+
+    outputs, results = lax.switch(_array(index), [partial(branch, i) for i in range(len(branches))])
+    scope.leave(starts[-1])
+    scope.results |= results
+    return outputs
+
+
+def _shard_map(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
+    """Codes stay sharded as the floats were; every device returns its results, merged outside."""
+    params = eqn.params
+    mesh, axes = params["mesh"], tuple(params["newly_manual_axes"])
+    devices = prod(mesh.shape[axis] for axis in axes)
+    start, last, loop = scope.enter(), [scope], scope.next_loop
+    start.shards = (*scope.shards, (loop, devices))
+    inside = scope.sites_inside()
+    deltas = {s.name: scope.deltas[s.name] for s in inside if s.name in scope.deltas}
+    names = [site.name for site in inside] if scope.stat else []
+    specs = list(params["in_specs"])
+    values = [_shardable(v, spec, mesh) for v, spec in zip(values, specs, strict=True)]
+    specs = [_specs(v, spec) for v, spec in zip(values, specs, strict=True)]
+
+    def body(values: list[Any], deltas: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        inner = start.copy()
+        inner.deltas |= {name: a.reshape(a.shape[1:]) for name, a in deltas.items()}
+        outputs = _run(inner, params["jaxpr"], values)
+        last[:] = [inner]
+        return list(map(_array, outputs)), jax.tree.map(lambda a: a[None], inner.results)
+
+    per_device = PartitionSpec(axes)
+    outputs, results = jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(specs, dict.fromkeys(deltas, per_device)),
+        out_specs=(list(params["out_specs"]), dict.fromkeys(names, per_device)),
+        axis_names=set(axes),
+        check_vma=params["check_vma"],
+    )(values, deltas)
+    if scope.stat and scope.stat.merge is not None:
+        for site in inside:
+            parts = [jax.tree.map(lambda a, i=i: a[i], results[site.name]) for i in range(devices)]
+            results[site.name] = reduce(partial(scope.merge, site), parts)
+    scope.leave(last[0])
+    scope.results |= results
+    return outputs
+
+
+def _specs(value: Any, spec: Any) -> Any:
+    """A leaf's spec for each of its arrays: an axis that is shared is not sharded."""
+    if not isinstance(value, _Weight):
+        return spec
+
+    def of(a: Any) -> PartitionSpec:
+        names = [*spec, *[None] * (len(value.value.shape) - len(spec))]
+        return PartitionSpec(*(None if n == 1 else s for n, s in zip(a.shape, names, strict=True)))
+
+    acts = jax.tree.map(lambda a: PartitionSpec(), value.acts)
+    return replace(value, value=jax.tree.map(of, value.value), acts=acts)
+
+
+def _shardable(value: Any, spec: Any, mesh: Any) -> Any:
+    """A leaf whose groups do not fall apart evenly enters as floats."""
+    if not isinstance(value, _Weight) or not is_quantized(value.value):
+        return value
+
+    def shards(entry: Any) -> int:
+        axes = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+        return prod(mesh.shape[axis] for axis in axes)
+
+    fields = jax.tree.leaves(value.value)
+    even = all(
+        a.shape[i] == 1 or a.shape[i] % shards(s) == 0 for a in fields for i, s in enumerate(spec)
+    )
+    return value if even else replace(value, value=value.numbers())
+
+
+CALLS: dict[str, Callable[[_Scope, jex.JaxprEqn, list[Any]], list[Any]]] = {
+    "jit": _inline,
+    "pjit": _inline,
+    "closed_call": _inline,
+    "core_call": _inline,
+    "remat2": _remat,
+    "checkpoint": _remat,
+    "custom_jvp_call": _custom,
+    "custom_vjp_call": _custom,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "shard_map": _shard_map,
+}
+"""Primitives with a jaxpr inside that a leaf may enter; in all others it becomes a float array."""
+
+
+# The four functions.
+
+
+class _Traced(NamedTuple):
+    """A function as a jaxpr, and the arrays and leaves that it is to be run on."""
+
+    jaxpr: jex.ClosedJaxpr
+    values: list[Any]
+    restore: Callable[[Sequence[Any]], Any]
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def _trace(apply_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Traced:
+    """Trace with float arrays in place of quantized leaves; what is no array stays as it is."""
+    leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=is_quantized)
+    traced = [i for i, leaf in enumerate(leaves) if is_quantized(leaf) or _is_array(leaf)]
+    outputs: list[Any] = []
+
+    def flat(*arrays: jax.Array) -> list[jax.Array]:
+        mixed = list(leaves)
+        for i, array in zip(traced, arrays, strict=True):
+            mixed[i] = array
+        args, kwargs = jax.tree.unflatten(structure, mixed)
+        outputs[:] = jax.tree.flatten(apply_fn(*args, **kwargs))
+        return [leaf for leaf in outputs[0] if _is_array(leaf)]
+
+    floats = [
+        jax.eval_shape(dequantize_array, leaves[i]) if is_quantized(leaves[i]) else leaves[i]
+        for i in traced
+    ]
+    try:
+        jaxpr = jax.make_jaxpr(flat)(*floats)
+    except Exception as error:
+        shapes = jax.tree.map(np.shape, (args, kwargs), is_leaf=is_quantized)
+        error.add_note(f"lnq: apply_fn does not trace on arguments of shapes {shapes}")
+        raise
+
+    def restore(arrays: Sequence[Any]) -> Any:
+        found = iter(arrays)
+        return jax.tree.unflatten(
+            outputs[1], [next(found) if _is_array(leaf) else leaf for leaf in outputs[0]]
+        )
+
+    named = _named_weights(args, kwargs)
+    values = [_leaf(named[i], leaves[i]) if i in named else leaves[i] for i in traced]
+    return _Traced(jaxpr, values, restore)
+
+
+def _named_weights(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, str]:
+    """Place and name of every float or quantized leaf of the arguments that hold parameters.
+
+    These are the arguments with quantized leaves; if there is none, the first.
+    """
+    holders = [
+        any(map(is_quantized, jax.tree.leaves(arg, is_leaf=is_quantized)))
+        for arg in (*args, *kwargs.values())
+    ]
+    if not any(holders):
+        holders = [True, *holders[1:]]
+    named, place = {}, 0
+    for number, (arg, holds) in enumerate(zip((*args, *kwargs.values()), holders, strict=True)):
+        first = sum(holders[:number]) == 0
+        for name, leaf in tree.named_leaves(arg):
+            if holds and (is_quantized(leaf) or tree.is_float(leaf)):
+                named[place] = name if first else f"{number}/{name}"
+            place += 1
+    return named
+
+
+def _interpret(scope: _Scope, traced: _Traced, values: Sequence[Any]) -> Any:
+    return traced.restore([_array(v) for v in _run(scope, traced.jaxpr, values)])
+
+
+def _product_only(scope: _Scope, product: _Product) -> jax.Array:
+    return product.bind(product.x, product.weight.numbers())
+
+
+def _find(traced: _Traced) -> Sites:
+    scope = _Scope(_product_only, events=[])
+
+    def run(values: list[Any]) -> list[Any]:
+        outputs = _run(scope, traced.jaxpr, values)
+        for value in outputs:
+            if isinstance(value, _Weight) and value.path is not None:
+                use = OtherUse(value.path, "return", "returned as an output", value.value.shape)
+                scope.found.append((use, -1))
+        return [_array(v) for v in outputs]
+
+    jax.eval_shape(run, traced.values)
+    return _finish(scope)
+
+
+def _finish(scope: _Scope) -> Sites:
+    """Number the inputs, and follow each site's output as far as it stays one value."""
+    events = scope.events or []
+    readers: dict[int, list[_Event]] = {}
+    for event in events:
+        for read in event.reads:
+            readers.setdefault(read, []).append(event)
+    numbers: dict[Any, int] = {}
+    sites = []
+    for site, place in scope.found:
+        if isinstance(site, Site):
+            product = events[place]
+            read = product.reads[0] if product.reads else -1
+            number = numbers.setdefault(scope.alias.get(read, read), len(numbers))
+            sites.append(_followed(site._replace(input=number), product, readers))
+    return Sites(tuple(sites), tuple(use for use, _ in scope.found if isinstance(use, OtherUse)))
+
+
+def _followed(site: Site, product: _Event, readers: Mapping[int, list[_Event]]) -> Site:
+    """Add bias, affine leaves and elementwise chain."""
+    bias, affine, chain, value = None, [], [], product.writes
+    while len(readers.get(value, [])) == 1:
+        (event,) = readers[value]
+        leaves = [name for weight in event.weights for name in weight.sources]
+        if event.name in ("reshape", "convert_element_type", "copy"):
+            pass
+        elif not event.elementwise or len(event.reads) != 1:
+            break
+        elif not leaves:
+            chain.append(event.name)
+        elif chain:
+            break
+        elif event.name == "add" and bias is None and not affine and len(leaves) == 1:
+            bias = leaves[0]
+        else:
+            affine += leaves
+        value = event.writes
+    return site._replace(bias=bias, affine=tuple(dict.fromkeys(affine)), chain=tuple(chain))
+
+
+def find_sites(apply_fn: ApplyFn, params: Params, *args: Any, **kwargs: Any) -> Sites:
+    """List where leaves of ``params`` meet data, and how else they are used.
+
+    Traces once, abstractly: nothing is computed, and arrays may be ``jax.ShapeDtypeStruct``.
+
+    Args:
+      apply_fn: ``apply_fn(params, *args, **kwargs)``, any JAX function.
+      params: Its parameters; float leaves count, quantized ones too.
+      *args: Its other arguments.
+      **kwargs: The same, by name.
+
+    Raises:
+      Exception: Whatever ``apply_fn`` raises while tracing, with a note on the shapes.
+
+    Example:
+      >>> found = find_sites(lambda p, x: jnp.tanh(x @ p["w"] + p["b"]),
+      ...                    {"w": jnp.ones((3, 4)), "b": jnp.ones((1, 4))}, jnp.ones((2, 3)))
+      >>> site, = found.sites
+      >>> site.path, site.contracting, site.channels, site.bias, site.chain, site.macs
+      ('w', (0,), (1,), 'b', ('tanh',), 24)
+      >>> found.others[0].path, found.others[0].reason
+      ('b', 'elementwise')
+    """
+    return _find(_trace(apply_fn, (params, *args), kwargs))
+
+
+def tap(apply_fn: ApplyFn, stat: Stat, only: Callable[[Site], bool] | None = None) -> ApplyFn:
+    """Return ``apply_fn`` with a second output: a statistic of the data at each site.
+
+    Args:
+      apply_fn: ``apply_fn(params, *args, **kwargs)``.
+      stat: What to compute. A leaf that a ``scan`` slices gives stacked results; one that is
+        constant in a loop gives merged ones, and so do shards.
+      only: Which sites; all by default.
+
+    Returns:
+      A function with the same arguments that returns ``(outputs, {site name: statistic})``.
+
+    Raises:
+      ValueError: If a raw result would have to leave a ``while`` or a branch.
+
+    Example:
+      >>> largest = Stat(lambda x, site: jnp.abs(x).max())
+      >>> out, stats = tap(lambda p, x: x @ p["w"], largest)({"w": jnp.eye(2)}, jnp.ones((3, 2)))
+      >>> stats
+      {'w': Array(1., dtype=float32)}
+    """
+
+    def tapped(params: Params, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        traced = _trace(apply_fn, (params, *args), kwargs)
+        plan = tuple(site for site in _find(traced).sites if only is None or only(site))
+        names = {site.name for site in plan}
+
+        def rule(scope: _Scope, product: _Product) -> jax.Array:
+            if product.site.name in names:
+                scope.results[product.site.name] = stat.observe(product.x, product.site)
+            return _product_only(scope, product)
+
+        scope = _Scope(rule, plan=plan, stat=stat)
+        outputs = _interpret(scope, traced, traced.values)
+        return outputs, {site.name: scope.results[site.name] for site in plan}
+
+    return tapped
+
+
+def perturbed(apply_fn: ApplyFn) -> Callable[..., Any]:
+    """Return ``f(params, deltas, *args)``: ``apply_fn`` with ``deltas`` added at sites' outputs.
+
+    ``deltas`` maps site names to arrays of ``site.delta``; sites that are not in it stay. At zero
+    the gradient with respect to them is that of the outputs of the sites; a site that runs several
+    times without its leaf being sliced (an LSTM's) has the sum.
+
+    Example:
+      >>> f = perturbed(lambda p, x: jnp.sum((x @ p["w"]) ** 2))
+      >>> args = {"w": jnp.eye(2)}, {"w": jnp.zeros((1, 2))}, jnp.array([[3.0, 4.0]])
+      >>> jax.grad(f, argnums=1)(*args)["w"]
+      Array([[6., 8.]], dtype=float32)
+    """
+
+    def rule(scope: _Scope, product: _Product) -> jax.Array:
+        out, name = _product_only(scope, product), product.site.name
+        return out + scope.deltas[name] if name in scope.deltas else out
+
+    def moved(params: Params, deltas: Mapping[str, jax.Array], *args: Any, **kwargs: Any) -> Any:
+        traced = _trace(apply_fn, (params, *args), kwargs)
+        plan = _find(traced).sites
+        unknown = set(deltas) - {site.name for site in plan}
+        if unknown:
+            raise ValueError(f"deltas: {sorted(unknown)} are no sites; find_sites lists them")
+        for site in plan:
+            if site.name in deltas and jnp.shape(deltas[site.name]) != site.delta.shape:
+                raise ValueError(
+                    f"deltas: {site.name!r} has shape {jnp.shape(deltas[site.name])}, the site's "
+                    f"output has {site.delta.shape}; use site.delta"
+                )
+        return _interpret(_Scope(rule, plan=plan, deltas=dict(deltas)), traced, traced.values)
+
+    return moved
+
+
+def quantized(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``apply_fn`` that also takes quantized leaves, in any argument.
+
+    At a site the data is rounded to ``acts[use]`` if the leaf has it, and multiplied: integers by
+    integers where that grid names an integer dtype (one grid for all data, weights of int8 with no
+    groups along the sum), else floats by dequantized weights, which XLA fuses. Anywhere else the
+    leaf is dequantized. Float leaves stay what they are.
+
+    Build it once: a new ``quantized(f)`` under ``jit`` traces again. Gradients reach
+    :class:`~lnq.quantizer.FakeQuantTensor` leaves: values, grids and the grids of the data.
+
+    Example:
+      >>> from lnq.quantizer import make_qparams
+      >>> w = quantize(jnp.array([[0.5], [1.0]]), make_qparams([[0.5]], qmin=-8, qmax=7))
+      >>> quantized(lambda p, x: x @ p)(w, jnp.array([[2.0, 3.0]]))
+      Array([[4.]], dtype=float32)
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        traced = _trace(apply_fn, args, kwargs)
+        return _interpret(_Scope(_multiply), traced, traced.values)
+
+    return run
+
+
+def _multiply(scope: _Scope, product: _Product) -> jax.Array:
+    """The product at a site, as the leaf asks for it."""
+    use, x, weight = product.site.use, product.x, product.weight
+    act = weight.acts[use] if use < len(weight.acts) else None
+    if act is None:
+        return _product_only(scope, product)
+    act = _fitted(act, jnp.ndim(x))
+    if _has_integers(product, act):
+        return _integer_product(product, act)
+    return product.bind(fake_quant(x, act), weight.numbers())
+
+
+def _fitted(act: QParams, ndim: int) -> QParams:
+    """A grid that is one for all data fits data of any rank."""
+    if all(a.size == 1 for a in jax.tree.leaves(act)):
+        return jax.tree.map(lambda a: a.reshape((1,) * ndim), act)
+    return act
+
+
+def _has_integers(product: _Product, act: QParams) -> bool:
+    """Whether one factor, and one offset per channel, stand before a sum of int8 products."""
+    leaf, params = product.weight.value, product.eqn.params
+    if act.dtype is None or not isinstance(leaf, QTensor) or leaf.codes.dtype != jnp.int8:
+        return False
+    if product.site.primitive not in INTEGER_PRODUCTS or params.get("batch_group_count", 1) > 1:
+        return False
+    grid, summed = leaf.qparams, product.axes.weight_sum
+    shared = all(a.shape[i] == 1 for a in (grid.scale, grid.zero_point) for i in summed)
+    return shared and grid.in_scale is None and act.scale.size == 1
+
+
+def _integer_product(product: _Product, act: QParams) -> jax.Array:
+    r"""int8 by int8, summed in int32.
+
+    .. math:: s_x s_w \left[\sum q_x q_w - z_x \sum q_w - z_w \sum (q_x - z_x)\right]
+    """
+    grid, codes = product.weight.value.qparams, product.weight.value.codes
+    q = quantize(product.x, act, jnp.int8).codes
+    offset = jnp.round(act.zero_point).astype(jnp.int32).reshape(())
+    total, sum_x, place = INTEGER_PRODUCTS[product.site.primitive](product, q, offset)
+    summed = product.axes.weight_sum
+    sum_w = jnp.sum(codes, summed, keepdims=True, dtype=jnp.int32)
+    terms = prod(codes.shape[i] for i in summed)
+    exact = (total - offset * place(sum_w)).astype(jnp.float32)
+    shift = place(grid.zero_point) * (sum_x - offset * terms).astype(jnp.float32)
+    out = (exact - shift) * (place(grid.scale) * act.scale.reshape(()))
+    return out.astype(product.site.out.dtype)
+
+
+def _integer_dot(
+    product: _Product, q: jax.Array, offset: jax.Array
+) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
+    """Sum of products of codes, sum of codes of the data, and where a field of the weight goes."""
+    contract, batch = product.eqn.params["dimension_numbers"]
+    weight, data = product.side, 1 - product.side
+    free = {
+        weight: product.weight.value.codes.ndim - len(contract[weight]) - len(batch[weight]),
+        data: q.ndim - len(contract[data]) - len(batch[data]),
+    }
+
+    def place(a: jax.Array, side: int = weight) -> jax.Array:
+        others = [i for i in range(a.ndim) if i not in (*batch[side], *contract[side])]
+        a = lax.transpose(a, (*batch[side], *others, *contract[side]))
+        outer, own = a.shape[: len(batch[side])], a.shape[len(batch[side]) :][: len(others)]
+        missing = (1,) * free[1 - side]
+        return a.reshape(outer + (missing + own if side == 1 else own + missing))
+
+    codes = product.weight.value.codes
+    total = product.bind(q, codes, preferred_element_type=jnp.dtype("int32"), precision=None)
+    sum_x = jnp.sum(q, tuple(contract[data]), keepdims=True, dtype=jnp.int32)
+    return total, place(sum_x, data), place
+
+
+def _integer_conv(
+    product: _Product, q: jax.Array, offset: jax.Array
+) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
+    """As :func:`_integer_dot`; what the convolution would pad with zeros is padded with codes."""
+    params, codes = product.eqn.params, product.weight.value.codes
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    feature = numbers.out_spec[1]
+    spatial = dict(zip(numbers.lhs_spec[2:], range(len(params["padding"])), strict=True))
+    edges = [
+        (*params["padding"][spatial[i]], params["lhs_dilation"][spatial[i]] - 1)
+        if i in spatial
+        else (0, 0, 0)
+        for i in range(q.ndim)
+    ]
+    padded = lax.pad(q, offset.astype(jnp.int8), edges)
+    bind = partial(
+        product.bind,
+        padded,
+        preferred_element_type=jnp.dtype("int32"),
+        precision=None,
+        padding=((0, 0),) * len(spatial),
+        lhs_dilation=(1,) * len(spatial),
+    )
+
+    def place(a: jax.Array) -> jax.Array:
+        return a.reshape([-1 if i == feature else 1 for i in range(a.ndim)])
+
+    channels = codes.shape[numbers.rhs_spec[0]]
+    one = [groups if i == numbers.rhs_spec[0] else n for i, n in enumerate(codes.shape)]
+    sum_x = jnp.repeat(bind(jnp.ones(one, jnp.int8)), channels // groups, feature)
+    return bind(codes), sum_x, place
+
+
+INTEGER_PRODUCTS = {"dot_general": _integer_dot, "conv_general_dilated": _integer_conv}
+"""Products that can be taken in int8."""
