@@ -1,8 +1,8 @@
 """lnq: post-training compression of JAX models.
 
 A quantized model is the same parameter tree with some leaves replaced by
-:class:`~lnq.quantizer.QTensor`. Methods are modules (:mod:`lnq.riq`); a tree goes to a file with
-:func:`save` and comes back with :func:`load`.
+:class:`~lnq.quantizer.QTensor`. Methods are modules (:mod:`lnq.riq`, :mod:`lnq.aciq`); a tree goes
+to a file with :func:`save` and comes back with :func:`load`; ``quantized(apply_fn)`` runs it.
 """
 
 from importlib import import_module
@@ -15,6 +15,8 @@ _HOME = {
     "QParams": "quantizer",
     "QTensor": "quantizer",
     "dequantize": "quantizer",
+    "find_sites": "sites",
+    "quantized": "sites",
     "FormatError": "container",
     "info": "container",
     "load": "container",
@@ -22,14 +24,17 @@ _HOME = {
     "UnreachableError": "types",
 }
 _MODULES = (
+    "aciq",
     "ans",
     "calibration",
     "checkpoint",
+    "clipping",
     "container",
     "demo",
     "distortion",
     "quantizer",
     "riq",
+    "sites",
     "tree",
     "tuning",
     "types",
@@ -39,20 +44,24 @@ __all__ = ["__version__", *_HOME, *_MODULES]
 
 if TYPE_CHECKING:
     from lnq import (
+        aciq,
         ans,
         calibration,
         checkpoint,
+        clipping,
         container,
         demo,
         distortion,
         quantizer,
         riq,
+        sites,
         tree,
         tuning,
         types,
     )
     from lnq.container import FormatError, info, load, save
     from lnq.quantizer import FakeQuantTensor, QParams, QTensor, dequantize
+    from lnq.sites import find_sites, quantized
     from lnq.types import UnreachableError
 
 

@@ -329,6 +329,8 @@ def _encode_grids(leaf: QTensor) -> tuple[dict[str, Any], np.ndarray]:
         "codes": leaf.codes.dtype.name,
         "grids": [grid and [x.shape for x in jax.tree.leaves(grid)] for grid in grids],
     }
+    dtypes = [grid and grid.dtype and jnp.dtype(grid.dtype).name for grid in leaf.acts]
+    entry |= {"acts": dtypes} if any(dtypes) else {}
     fields = [np.asarray(x).astype("<f4").ravel() for x in jax.tree.leaves(grids)]
     return entry, np.concatenate(fields).view(np.uint8)
 
@@ -431,7 +433,10 @@ def _decode_qtensor(blob: bytes, entry: Mapping[str, Any], decoder: _Decoder) ->
         flat = _decode_stream(blob[used:], size, entry["codes"], entry, decoder)
     codes = jnp.asarray(_unflat(flat, shape, entry.get("moved", False)), entry["codes"])
     qparams, *acts = grids
-    return QTensor(codes, qparams, tuple(acts), entry["dtype"])
+    dtypes = entry.get("acts", (None,) * len(acts))
+    pairs = zip(acts, dtypes, strict=True)
+    acts = tuple(grid and replace(grid, dtype=dtype) for grid, dtype in pairs)
+    return QTensor(codes, qparams, acts, entry["dtype"])
 
 
 def _decode_stream(
@@ -586,6 +591,10 @@ def _grid_dims(value: Any) -> tuple[tuple[tuple[int, ...], ...] | None, ...]:
     return grids
 
 
+def _act_dtypes(value: Any) -> tuple[np.dtype | None, ...]:
+    return tuple(dtype if dtype is None else _integer_dtype(dtype) for dtype in value)
+
+
 def _literal(*kinds: type) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         if type(value) not in kinds:
@@ -600,6 +609,7 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "dtype": _number_dtype,
     "codes": _integer_dtype,
     "grids": _grid_dims,
+    "acts": _act_dtypes,
     "moved": _literal(bool),
     "offset": _natural,
     "bits": _natural,
