@@ -238,6 +238,7 @@ def quantize_array(
         raise ValueError(f"correct: must be one of {', '.join(get_args(Correct))}, not {correct!r}")
     axes = tuple(range(stacked, w.ndim - 1)) if axes is None else axes
     shape, x = w.shape, distortion.wide(w).astype(jnp.float32)
+    split = None
     if group_size is not None:
         x, axes, split = _grouped(x, axes, group_size)
     width = jnp.asarray(bits)
@@ -255,7 +256,7 @@ def quantize_array(
     if correct != "none":
         grid = correct_bias(x, q, axes, norm=correct == "norm").qparams
         q = replace(q, qparams=_chosen(width == 0, spread.mean, grid))
-    if group_size is not None:
+    if split is not None:
         fields = jax.tree.map(lambda a: jnp.squeeze(a, split), q.qparams)
         q = replace(q, codes=q.codes.reshape(shape), qparams=fields)
     return replace(q, dtype=w.dtype)
@@ -299,10 +300,10 @@ def quantize_weights(
     tree.check_finite(params)
     options = {"group_size": group_size, "clip": clip, "allocate": allocate, "correct": correct}
     chosen = {}
-    for name, leaf in tree.named_leaves(params):
+    for name, w in tree.named_leaves(params):
         layers = 0 if stacked is None else int(tree.lookup(stacked, name, 0))
-        if tree.is_float(leaf) and leaf.size and leaf.ndim > layers:
-            default = leaf.ndim - layers >= 2
+        if tree.is_float(w) and w.size and w.ndim > layers:
+            default = w.ndim - layers >= 2
             if default if select is None else tree.lookup(select, name, False):
                 chosen[name] = layers
     if not chosen:
@@ -429,51 +430,28 @@ def quantize(
     _check_sites(found, originals, strict)
     plan = _plan(found.sites.sites, weight_bits, act_bits, edge_bits, skip)
 
+    options = {"clip": weight_clip, "allocate": allocate, "correct": correct}
+    acts = {
+        site.name: _act(site, found.stats[site.name], bits, per_channel, act_clip, allocate)
+        for site in found.sites.sites
+        if (bits := plan.acts.get(site.name)) is not None and _reached(found, site)
+    }
     weights: dict[str, QTensor] = {}
-    for path, widths in plan.weights.items():
+    for path, bits in plan.weights.items():
         uses = [site for site in found.sites.sites if site.path == path]
-        axes = tuple(sorted({axis for site in uses for axis in site.contracting}))
-        with _named(path):
-            weights[path] = narrow(
-                _quantize_array(
-                    originals[path],
-                    widths,
-                    axes=axes,
-                    stacked=len(uses[0].sliced),
-                    group_size=group_size,
-                    clip=weight_clip,
-                    allocate=allocate,
-                    correct=correct,
-                )
-            )
+        leaf = _weight(originals[path], bits, uses, group_size=group_size, **options)
+        grids = tuple(acts[s.name].grid if s.name in acts else None for s in uses)
+        weights[path] = replace(leaf, acts=grids if any(grids) else ())
         if progress:
             progress(len(weights), len(plan.weights), path)
-
-    acts = {
-        name: _act(site, found.stats[name], plan.acts[name], per_channel, act_clip, allocate)
-        for name, site in ((site.name, site) for site in found.sites.sites)
-        if name in plan.acts and bool(found.stats[name].count.min() > 0)
-    }
-    for path, leaf in weights.items():
-        uses = [site.name for site in found.sites.sites if site.path == path]
-        if any(name in acts for name in uses):
-            grids = tuple(acts[name].grid if name in acts else None for name in uses)
-            weights[path] = replace(leaf, acts=grids)
-
-    shifts: dict[str, jax.Array] = {}
-    rows = []
-    for site in found.sites.sites:
-        w, q, act = originals[site.path], weights.get(site.path), acts.get(site.name)
-        rows.append(_row(site, w, q, act, found.stats[site.name], group_size))
-        if correct_acts and q is not None and site.bias in originals and site.bias not in weights:
-            shift = site.bias_sign * _shift(site, w, q, found.stats[site.name], act)
-            shifts[site.bias] = shift + shifts.get(site.bias, 0.0)
+    shifts = _shifts(found, originals, weights, acts) if correct_acts else {}
+    rows = [
+        _row(site, originals[site.path], weights.get(site.path), acts.get(site.name), found)
+        for site in found.sites.sites
+    ]
 
     def new(name: str, leaf: Any) -> Any:
-        shift = shifts.get(name)
-        if shift is not None and shift.size == leaf.size:
-            return (leaf + shift.reshape(leaf.shape)).astype(leaf.dtype)
-        return weights.get(name, leaf)
+        return leaf + shifts[name] if name in shifts else weights.get(name, leaf)
 
     return tree.map_named(new, params), ACIQInfo(tuple(rows), found.sites.others, found)
 
@@ -491,8 +469,7 @@ def _check(bits: ArrayLike, clip: str, without: Sequence[str], name: str = "clip
     known = [family for family in get_args(Clip) if family not in without]
     if clip not in known:
         raise ValueError(f"{name}: must be one of {', '.join(known)}, not {clip!r}")
-    whole = not isinstance(bits, int | float | np.number) or (1 <= bits <= 16 and bits % 1 == 0)
-    if not whole:
+    if isinstance(bits, int | float) and bits not in range(1, 17):
         raise ValueError(f"bits: must be a whole number from 1 to 16, not {bits}")
 
 
@@ -614,6 +591,21 @@ def _chosen(empty: jax.Array, mean: jax.Array, grid: QParams) -> QParams:
 # Sites.
 
 
+def _weight(w: jax.Array, bits: np.ndarray, uses: Sequence[Site], **options: Any) -> QTensor:
+    """A leaf in the smallest codes, and what is the same in all channels of its grid only once."""
+    axes = tuple(sorted({axis for site in uses for axis in site.contracting}))
+    stacked = len(uses[0].sliced)
+    with _named(uses[0].path):
+        q = narrow(_quantize_array(w, bits, axes=axes, stacked=stacked, **options))
+
+    def shared(a: jax.Array) -> jax.Array:
+        inner = tuple(range(stacked, a.ndim))
+        low, high = a.min(inner, keepdims=True), a.max(inner, keepdims=True)
+        return low if bool((low == high).all()) else a
+
+    return replace(q, qparams=jax.tree.map(shared, q.qparams))
+
+
 class _Plan(NamedTuple):
     """Widths: of each quantized leaf and of the data at each of its sites, one per layer."""
 
@@ -640,7 +632,7 @@ def _check_sites(found: Calibration, originals: dict[str, Any], strict: bool) ->
                 f"calib: has statistics of a leaf {site.path!r} of shape {site.shape}, which "
                 "params lack; calibrate with these params"
             )
-    unseen = [s.name for s in found.sites.sites if not bool(found.stats[s.name].count.min() > 0)]
+    unseen = [site.name for site in found.sites.sites if not _reached(found, site)]
     if strict and unseen:
         raise ValueError(
             f"calib: no data reached {', '.join(unseen)}; add examples that do, or strict=False"
@@ -715,15 +707,15 @@ def _act(
     return _Act(replace(jax.tree.map(placed, flat), dtype=dtype), flat, family, error, distribution)
 
 
+def _reached(found: Calibration, site: Site) -> bool:
+    return bool(found.stats[site.name].count.min() > 0)
+
+
 def _row(
-    site: Site,
-    w: jax.Array,
-    q: QTensor | None,
-    act: _Act | None,
-    stats: ActStats,
-    group_size: int | None,
+    site: Site, w: jax.Array, q: QTensor | None, act: _Act | None, found: Calibration
 ) -> SiteRow:
-    status, reason = _status(q, act, stats, group_size, site)
+    stats = found.stats[site.name]
+    status, reason = _status(site, q, act, _reached(found, site))
     power = jnp.mean(stats.squares / jnp.maximum(stats.count, 1.0) + stats.mean**2)
     noise = None if act is None or q is None else jnp.mean(act.error)
     edge = None if act is None else (act.flat.qmax - act.flat.zero_point) * act.flat.scale
@@ -749,23 +741,40 @@ def _sqnr(w: jax.Array, q: QTensor) -> jax.Array:
     return distortion.sqnr_db(w, dequantize_array(q))
 
 
-def _status(
-    q: QTensor | None, act: _Act | None, stats: ActStats, group_size: int | None, site: Site
-) -> tuple[str, str]:
+def _status(site: Site, q: QTensor | None, act: _Act | None, reached: bool) -> tuple[str, str]:
     if q is None:
         return "float", "skipped"
     if act is None:
-        reached = bool(stats.count.min() > 0)
         return "weights only", "act_bits is None" if reached else "no calibration data reached it"
-    if act.grid.dtype is None:
-        if site.primitive not in sites.INTEGER_PRODUCTS:
-            return "fake-quant", f"{site.primitive} has no integer form"
-        return "fake-quant", "more than 8 bits" if act.grid.scale.size == 1 else "grid per channel"
-    if q.codes.dtype != jnp.int8:
-        return "fake-quant", "weights of more than 8 bits"
-    if group_size is not None:
+    if site.primitive not in sites.INTEGER_PRODUCTS:
+        return "fake-quant", f"{site.primitive} has no integer form"
+    if act.flat.scale.shape[-1] > 1:
+        return "fake-quant", "grid per channel"
+    if act.grid.dtype is None or q.codes.dtype != jnp.int8:
+        return "fake-quant", "more than 8 bits"
+    if any(q.qparams.scale.shape[axis] > 1 for axis in site.contracting):
         return "fake-quant", "weights in groups"
     return "int8", ""
+
+
+def _shifts(
+    found: Calibration,
+    originals: dict[str, Any],
+    weights: dict[str, QTensor],
+    acts: dict[str, _Act],
+) -> dict[str, jax.Array]:
+    """What to add to the bias leaves so that the means of the sites' outputs stay."""
+    shifts: dict[str, jax.Array] = {}
+    for site in found.sites.sites:
+        name = site.bias or ""
+        bias = originals.get(name)
+        if site.path in weights and bias is not None and name not in weights:
+            stats, w, q = found.stats[site.name], originals[site.path], weights[site.path]
+            shift = site.bias_sign * _shift(site, w, q, stats, acts.get(site.name))
+            if shift.size == bias.size:
+                shift = shift.reshape(bias.shape).astype(bias.dtype)
+                shifts[name] = shift + shifts.get(name, jnp.zeros_like(shift))
+    return shifts
 
 
 def _shift(site: Site, w: jax.Array, q: QTensor, stats: ActStats, act: _Act | None) -> jax.Array:

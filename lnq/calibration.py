@@ -322,7 +322,7 @@ def _merge_all(a: dict[str, ActStats], b: dict[str, ActStats]) -> dict[str, ActS
 
 def save(path: str | os.PathLike, calibration: Calibration) -> None:
     """Write statistics to an ``.npz`` file, for other bit widths and other methods."""
-    owners = {id(stats): name for name, stats in reversed(calibration.stats.items())}
+    owners = {id(stats): name for name, stats in reversed(list(calibration.stats.items()))}
     arrays = {
         f"{name}/{field.name}": np.asarray(getattr(calibration.stats[name], field.name))
         for name in owners.values()
@@ -355,7 +355,7 @@ def load(path: str | os.PathLike) -> Calibration:
             for name in names
         }
     sites = tuple(_site(site) for site in header["sites"])
-    others = tuple(OtherUse(*use[:3], tuple(use[3])) for use in header["others"])
+    others = tuple(OtherUse(a, b, c, tuple(shape)) for a, b, c, shape in header["others"])
     return Calibration(
         Sites(sites, others), {name: owned[owner] for name, owner in header["owner"].items()}
     )
@@ -373,4 +373,5 @@ def _plain_site(site: Site) -> dict[str, Any]:
 def _site(plain: dict[str, Any]) -> Site:
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
     fields |= {k: jax.ShapeDtypeStruct(*plain[k]) for k in ("act", "out")}
-    return Site(**(fields | {"stack": tuple(map(tuple, plain["stack"]))}))
+    fields["stack"] = tuple(map(tuple, plain["stack"]))
+    return Site(**fields)

@@ -5,19 +5,13 @@ import numpy as np
 import pytest
 
 import lnq
+from lnq.demo.resnet import BATCH_NORMS
 from lnq.tuning import fold_batch_norm
-
-PAIRS = {"stem": "stem_norm"} | {
-    f"block{i}/conv{suffix}": f"block{i}/norm{suffix}"
-    for i in (1, 2, 3)
-    for suffix in ("1", "2", "_shortcut")
-    if (i, suffix) != (1, "_shortcut")
-}
 
 
 def test_folding_keeps_the_function_and_makes_every_norm_an_identity():
     demo = lnq.demo.load()
-    folded = fold_batch_norm(demo.variables, PAIRS)
+    folded = fold_batch_norm(demo.variables, BATCH_NORMS)
     before, after = (demo.apply_fn(v, demo.images[:32]) for v in (demo.variables, folded))
     np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
     assert jax.tree.structure(folded) == jax.tree.structure(demo.variables)
