@@ -21,8 +21,14 @@ METHODS = {  # (apply_fn, params, calib, strength) -> qtree; more strength is a 
     "riq.compress_weights": lambda f, p, x, strength: lnq.riq.compress_weights(
         p, max_deviation=0.02 / 4**strength, eps0=0.001
     )[0],
+    "aciq.quantize_weights": lambda f, p, x, strength: lnq.aciq.quantize_weights(
+        p, 3 + 2 * strength
+    ),
+    "aciq.quantize": lambda f, p, x, strength: lnq.aciq.quantize(
+        f, p, x, weight_bits=3 + 2 * strength, edge_bits=None
+    )[0],
 }
-JITTABLE = ("riq.quantize",)
+JITTABLE = ("riq.quantize", "aciq.quantize_weights")
 
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 jittable = pytest.mark.parametrize("method", [METHODS[name] for name in JITTABLE], ids=JITTABLE)
