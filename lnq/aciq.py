@@ -396,7 +396,8 @@ def quantize(
         with ``per_channel``, among those of the data, such as ``clipping.greedy_bits``.
       correct: What rounding weights must not change, see :data:`Correct`.
       correct_acts: Whether the shift that rounding gives the mean of each output is taken off the
-        bias leaf that follows, where there is one.
+        bias leaf that follows, where there is one. The statistics are those of the float model,
+        so this helps while the quantized one is close to it, and hurts where it is not.
       mask: ``mask(batch)``: which examples or tokens count, see
         :func:`~lnq.calibration.calibrate`.
       strict: Whether a site that no calibration data reaches is an error; otherwise its data stays
@@ -621,6 +622,7 @@ class _Act(NamedTuple):
     family: jax.Array
     error: jax.Array
     distribution: str
+    per_channel: bool
 
 
 def _check_sites(found: Calibration, originals: dict[str, Any], strict: bool) -> None:
@@ -704,7 +706,14 @@ def _act(
 
     whole = not per_channel and bits.max() <= 8 and site.primitive in sites.INTEGER_PRODUCTS
     dtype = jnp.dtype("int8") if whole else None
-    return _Act(replace(jax.tree.map(placed, flat), dtype=dtype), flat, family, error, distribution)
+    return _Act(
+        replace(jax.tree.map(placed, flat), dtype=dtype),
+        flat,
+        family,
+        error,
+        distribution,
+        per_channel,
+    )
 
 
 def _reached(found: Calibration, site: Site) -> bool:
@@ -748,7 +757,7 @@ def _status(site: Site, q: QTensor | None, act: _Act | None, reached: bool) -> t
         return "weights only", "act_bits is None" if reached else "no calibration data reached it"
     if site.primitive not in sites.INTEGER_PRODUCTS:
         return "fake-quant", f"{site.primitive} has no integer form"
-    if act.flat.scale.shape[-1] > 1:
+    if act.per_channel:
         return "fake-quant", "grid per channel"
     if act.grid.dtype is None or q.codes.dtype != jnp.int8:
         return "fake-quant", "more than 8 bits"

@@ -64,16 +64,19 @@ class Site(NamedTuple):
       use: Which of the leaf's sites this is, in forward order.
       primitive: ``dot_general``, ``conv_general_dilated`` or ``ragged_dot_general``.
       shape: Shape of the leaf.
-      contracting: Axes that are summed over.
+      contracting: Axes that are summed over; in the order of ``act_channels``, then the spatial
+        axes of a convolution.
       channels: Axes that each have their own place in the output.
       batch: Axes shared with the data: experts, models under ``vmap``.
-      sliced: Leading axes that a ``scan`` slices off.
+      sliced: Axes that a ``scan`` slices off, the outermost scan's first.
       act: Shape and dtype of the data, as the product reads it (inside loops and shards).
       act_channels: Axes of the data that are summed over; for a convolution its features.
       out: Shape and dtype of the product.
-      macs: Multiplications and additions of one call, all slices counted.
+      macs: Multiplications and additions of one call: all turns of a ``scan`` and all shards, one
+        turn of a ``while``.
       input: Number of the value it reads; equal where sites read the same.
-      bias: Name of the leaf added to the product, or None.
+      bias: Name of the first leaf added to the product or subtracted from it, or None.
+      bias_sign: +1 or -1.
       affine: Names of the leaves in further sums and products that follow (batch-norm).
       chain: Elementwise functions that follow, until the value forks or changes shape.
       loops: Numbers of the loops, branches and shards it is inside of.
@@ -97,6 +100,7 @@ class Site(NamedTuple):
     macs: int
     input: int = -1
     bias: str | None = None
+    bias_sign: int = 1
     affine: tuple[str, ...] = ()
     chain: tuple[str, ...] = ()
     loops: tuple[int, ...] = ()
@@ -168,7 +172,8 @@ class _Weight:
       path: Name of the leaf, or None for what was computed from leaves.
       shape: Of the whole leaf.
       axes: Which axes of the leaf stand behind each axis of the view.
-      sliced: ``(loop, length)`` of every scan that sliced it.
+      sliced: Axes of the leaf that scans sliced off.
+      stack: ``(loop, length)`` of those scans.
       sources: Names of all leaves in it.
     """
 
@@ -177,7 +182,8 @@ class _Weight:
     path: str | None = field(default=None, metadata={"static": True})
     shape: tuple[int, ...] = field(default=(), metadata={"static": True})
     axes: tuple[tuple[int, ...], ...] = field(default=(), metadata={"static": True})
-    sliced: tuple[tuple[int, int], ...] = field(default=(), metadata={"static": True})
+    sliced: tuple[int, ...] = field(default=(), metadata={"static": True})
+    stack: tuple[tuple[int, int], ...] = field(default=(), metadata={"static": True})
     sources: tuple[str, ...] = field(default=(), metadata={"static": True})
 
     def numbers(self) -> jax.Array:
@@ -189,7 +195,7 @@ def _leaf(path: str, leaf: Any) -> _Weight:
     axes = tuple((axis,) for axis in range(len(leaf.shape)))
     acts = leaf.acts if is_quantized(leaf) else ()
     value = replace(leaf, acts=()) if is_quantized(leaf) else leaf
-    return _Weight(value, acts, path, tuple(leaf.shape), axes, (), (path,))
+    return _Weight(value, acts, path, tuple(leaf.shape), axes, sources=(path,))
 
 
 def _array(value: Any) -> Any:
@@ -237,6 +243,9 @@ def _broadcast_axes(params, axes, old, new):
 def _regrouped(old: Entry, new: Entry) -> Iterator[tuple[range, range]]:
     """Runs of old and of new axes that hold the same entries in a reshape."""
     i = j = 0
+    if not prod(old):
+        yield range(len(old)), range(len(new))
+        return
     while i < len(old) or j < len(new):
         start_i, start_j = i, j
         i, j = min(i + 1, len(old)), min(j + 1, len(new))
@@ -248,10 +257,14 @@ def _regrouped(old: Entry, new: Entry) -> Iterator[tuple[range, range]]:
         yield range(start_i, i), range(start_j, j)
 
 
+def _order(params: Mapping[str, Any], shape: Entry) -> Sequence[int]:
+    """Axes in the order in which a reshape reads them."""
+    return params["dimensions"] or range(len(shape))
+
+
 def _moved_reshape(params, rest, array, old, new):
-    if params.get("dimensions") is not None:
-        return STUCK
-    shape = []
+    array, shape = lax.transpose(array, _order(params, old)), []
+    old = tuple(old[i] for i in _order(params, old))
     for before, after in _regrouped(old, new):
         dims, sizes = [array.shape[i] for i in before], [old[i] for i in before]
         groups = prod(dims)
@@ -269,6 +282,7 @@ def _moved_reshape(params, rest, array, old, new):
 
 def _reshaped_axes(params, axes, old, new):
     found: list[tuple[int, ...]] = []
+    axes, old = (tuple(x[i] for i in _order(params, old)) for x in (axes, old))
     for before, after in _regrouped(old, new):
         behind = tuple(sorted({axis for i in before for axis in axes[i]}))
         found += [behind if new[j] > 1 or len(after) == 1 else () for j in after]
@@ -312,6 +326,10 @@ def _moved_all_gather(params, rest, array, old, new):
     )
 
 
+def _moved_constraint(params, rest, array, old, new):
+    return lax.with_sharding_constraint(array, params["sharding"]) if array.shape == old else array
+
+
 VIEWS = {
     "transpose": _View(
         lambda params, rest, a, old, new: lax.transpose(a, params["permutation"]),
@@ -329,40 +347,81 @@ VIEWS = {
     "slice": _View(_moved_slice, _same_axes),
     "dynamic_slice": _View(_moved_dynamic_slice, _same_axes),
     "all_gather": _View(_moved_all_gather, _same_axes),
+    "pvary": _View(
+        lambda params, rest, a, old, new: lax.pcast(a, params["axes"], to="varying"), _same_axes
+    ),
+    "sharding_constraint": _View(_moved_constraint, _same_axes),
     "copy": _View(lambda params, rest, a, old, new: a, _same_axes),
     "convert_element_type": _View(lambda params, rest, a, old, new: a, _same_axes),
 }
 """Primitives through which a leaf stays that leaf."""
 
 
-def _view(eqn: jex.JaxprEqn, weight: _Weight, rest: Sequence[Any]) -> _Weight | None:
-    """The leaf after a view; None if the primitive is not one."""
-    name, new = eqn.primitive.name, eqn.outvars[0].aval
-    if name not in VIEWS or not jnp.issubdtype(new.dtype, jnp.floating):
-        return None
-    value, shapes = weight.value, (tuple(weight.value.shape), tuple(new.shape))
-    move = partial(VIEWS[name].move, eqn.params, rest)
-    axes = VIEWS[name].axes(eqn.params, weight.axes, *shapes) if weight.path is not None else ()
+def _cuts(params: Mapping[str, Any], shape: Entry) -> list[dict[str, Any]]:
+    """A ``split`` as parameters of ``slice``."""
+    axis, ends = params["axis"], np.cumsum([0, *params["sizes"]])
+    starts, limits = [0] * len(shape), list(shape)
+    return [
+        {
+            "start_indices": [*starts[:axis], int(a), *starts[axis + 1 :]],
+            "limit_indices": [*limits[:axis], int(b), *limits[axis + 1 :]],
+            "strides": None,
+        }
+        for a, b in pairwise(ends)
+    ]
+
+
+def _aval(var: Any) -> Any:
+    """Shape and dtype of a variable of a jaxpr."""
+    return var.aval
+
+
+def _view(eqn: jex.JaxprEqn, weight: _Weight, rest: Sequence[Any]) -> list[_Weight]:
+    """The leaf after a view, or its parts; nothing if the primitive is not one."""
+    name, value, every = eqn.primitive.name, weight.value, [eqn.params]
+    if name == "split":
+        name, every = "slice", _cuts(eqn.params, tuple(value.shape))
+    if name not in VIEWS or not jnp.issubdtype(_aval(eqn.outvars[0]).dtype, jnp.floating):
+        return []
+    view, old = VIEWS[name], tuple(value.shape)
+    news = [tuple(_aval(var).shape) for var in eqn.outvars]
+    moved: list[Any] = [STUCK]
     if is_quantized(value):
-        moved = jax.tree.map(lambda a: move(a, *shapes), value)
-        if not any(a is STUCK for a in jax.tree.leaves(moved)):
-            return replace(weight, value=replace(moved, dtype=new.dtype), axes=axes)
-        value = dequantize_array(value)
-    return replace(weight, value=_bind(eqn, [value, *rest])[0], axes=axes)
+        moved = [
+            jax.tree.map(lambda a, p=params, new=new: view.move(p, rest, a, old, new), value)
+            for params, new in zip(every, news, strict=True)
+        ]
+    if any(a is STUCK for a in jax.tree.leaves(moved)):
+        moved = _bind(eqn, [weight.numbers(), *rest])
+    parts = []
+    for params, var, new, part in zip(every, eqn.outvars, news, moved, strict=True):
+        axes = view.axes(params, weight.axes, old, new) if weight.path is not None else ()
+        value = replace(part, dtype=_aval(var).dtype) if is_quantized(part) else part
+        parts.append(replace(weight, value=value, axes=axes))
+    return parts
 
 
 # The interpreter.
 
 
 class _Event(NamedTuple):
-    """One equation seen while finding sites: identities of data in and out."""
+    """One equation seen while finding sites.
+
+    Attributes:
+      name: Of its function.
+      reads: Identities of the data it reads.
+      writes: Identity of its first result.
+      leaves: Names of the leaves it reads.
+      elementwise: Whether entries of one array become entries of a result of its shape.
+      affine: Whether it adds leaves to the data, or multiplies the data by them.
+    """
 
     name: str
     reads: tuple[int, ...]
-    writes: int
-    weights: tuple[_Weight, ...]
-    shape: tuple[int, ...]
-    elementwise: bool
+    writes: int = -1
+    leaves: tuple[str, ...] = ()
+    elementwise: bool = False
+    affine: bool = False
 
 
 class _Axes(NamedTuple):
@@ -402,7 +461,8 @@ class _Scope:
     Attributes:
       rule: What to do at a site.
       loops: Numbers of the enclosing loops, branches and shards.
-      shards: Number and devices of the enclosing ``shard_map``.
+      shards: Number and devices of each enclosing ``shard_map``.
+      turns: How often what is here runs, as far as is known.
       next_loop: Number of the next one.
       uses: Sites seen so far of each leaf.
       results: What the sites of this scope returned, by name.
@@ -419,6 +479,7 @@ class _Scope:
     rule: Rule
     loops: tuple[int, ...] = ()
     shards: tuple[tuple[int, int], ...] = ()
+    turns: int = 1
     next_loop: int = 0
     uses: dict[str, int] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
@@ -445,10 +506,13 @@ class _Scope:
             found=list(self.found),
         )
 
-    def enter(self) -> "_Scope":
+    def enter(self, turns: int = 1) -> "_Scope":
         """The scope of a loop's body; copy it for every trace of the body."""
         return replace(
-            self.copy(), loops=(*self.loops, self.next_loop), next_loop=self.next_loop + 1
+            self.copy(),
+            loops=(*self.loops, self.next_loop),
+            next_loop=self.next_loop + 1,
+            turns=self.turns * turns,
         )
 
     def leave(self, inner: "_Scope") -> None:
@@ -467,8 +531,8 @@ class _Scope:
                 f"tap: site {site.name!r} is inside a loop or branch that cannot return results "
                 "of unbounded size; give a Stat with `init` and `merge`"
             )
-        observe = partial(self.stat.observe, site=site)
-        start = self.stat.init(jax.eval_shape(observe, site.act))
+        observe = self.stat.observe
+        start = self.stat.init(jax.eval_shape(lambda x: observe(x, site), site.act))
         lengths = tuple(n for loop, n in self.stacked_inside(site))
         return jax.tree.map(lambda a: jnp.broadcast_to(a, lengths + a.shape), start)
 
@@ -492,7 +556,7 @@ class _Scope:
         if self.finding:
             named = [w.path for w in weights if w.path is not None]
             sources = named or sorted({name for w in weights for name in w.sources})
-            shape = tuple(eqn.outvars[0].aval.shape) if eqn.outvars else ()
+            shape = tuple(_aval(eqn.outvars[0]).shape) if eqn.outvars else ()
             use = OtherUse(" + ".join(sources), eqn.primitive.name, reason, shape)
             self.found.append((use, -1))
 
@@ -514,8 +578,6 @@ def _run(scope: _Scope, closed: Any, values: Sequence[Any]) -> list[Any]:
     for eqn in jaxpr.eqns:
         inputs = [read(var) for var in eqn.invars]
         outputs = _step(scope, eqn, inputs)
-        if scope.finding and CALLS.get(eqn.primitive.name) is not _inline:
-            _observe(scope, eqn, inputs, outputs)
         env.update(zip(eqn.outvars, outputs, strict=True))
     return [read(var) for var in jaxpr.outvars]
 
@@ -524,21 +586,27 @@ def _step(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
     """One equation."""
     name = eqn.primitive.name
     weights = [v for v in values if isinstance(v, _Weight)]
+    call = CALLS.get(name) if weights else None
+    if call is _inline or (call is _remat and scope.finding):
+        return _inline(scope, eqn, values)
+    outputs: list[Any] = []
     if name in PRODUCTS:
-        return [_product(scope, eqn, values)]
-    if weights and values[0] is weights[0] and len(weights) == 1:
-        view = _view(eqn, weights[0], values[1:])
-        if view is not None:
-            return [view]
-    if name in CALLS and (weights or scope.finding):
-        return CALLS[name](scope, eqn, values)
-    return _plain(scope, eqn, values)
+        outputs = [_product(scope, eqn, values)]
+    elif len(weights) == 1 and values[0] is weights[0]:
+        outputs = _view(eqn, weights[0], values[1:])
+    if not outputs:
+        outputs = (call or _plain)(scope, eqn, values)
+    if scope.finding:
+        _observe(scope, eqn, values, outputs)
+    return outputs
 
 
 def _plain(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any], reason: str = "") -> list[Any]:
     """Bind an equation as it is; leaves enter as float arrays."""
     weights = [v for v in values if isinstance(v, _Weight)]
     if not weights:
+        for inner in _products_inside(eqn) if scope.finding else ():
+            scope.other(inner, [], "product of data")
         return _bind(eqn, values)
     if any(w.path is not None for w in weights):
         scope.other(eqn, [w for w in weights if w.path is not None], reason or _reason(eqn))
@@ -550,15 +618,22 @@ def _plain(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any], reason: str = ""
     return outputs
 
 
+def _products_inside(eqn: jex.JaxprEqn) -> Iterator[jex.JaxprEqn]:
+    """Products in the jaxprs of an equation."""
+    for jaxpr in jex.jaxprs_in_params(eqn.params):
+        for inner in jaxpr.eqns:
+            yield from [inner] if inner.primitive.name in PRODUCTS else _products_inside(inner)
+
+
 def _reason(eqn: jex.JaxprEqn) -> str:
-    name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape if eqn.outvars else ()
+    name, shape = eqn.primitive.name, _aval(eqn.outvars[0]).shape if eqn.outvars else ()
     if name in ("gather", "dynamic_slice", "slice"):
         return "lookup"
     if name.startswith(("reduce_", "arg", "cum")):
         return "reduction"
     if name in CALLS or any(True for _ in jex.jaxprs_in_params(eqn.params)):
         return "opaque primitive"
-    if all(_broadcasts(var.aval.shape, shape) for var in eqn.invars):
+    if all(_broadcasts(_aval(var).shape, shape) for var in eqn.invars):
         return "elementwise"
     return "opaque primitive"
 
@@ -570,13 +645,9 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 
 def _bind(eqn: jex.JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """Bind an equation with its own parameters; derivative rules are kept."""
-    if not any(True for _ in jex.jaxprs_in_params(eqn.params)):
-        out = eqn.primitive.bind(*values, **eqn.params)
-        return list(out) if eqn.primitive.multiple_results else [out]
-    pairs = zip(eqn.invars, values, strict=True)
-    operands = {var: value for var, value in pairs if not isinstance(var, jex.Literal)}
-    jaxpr = jex.Jaxpr((), list(operands), eqn.outvars, [eqn], eqn.effects)
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*operands.values())
+    with eqn.ctx.manager:
+        out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
 
 
 def _dot_axes(params: Mapping[str, Any], side: int) -> _Axes:
@@ -630,35 +701,33 @@ def _product(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any]) -> Any:
 
 
 def _site(scope: _Scope, eqn: jex.JaxprEqn, side: int, weight: _Weight, axes: _Axes) -> Site:
-    def behind(view_axes: Sequence[int]) -> set[int]:
-        return {axis for i in view_axes for axis in weight.axes[i]}
+    def behind(view_axes: Sequence[int]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(axis for i in view_axes for axis in weight.axes[i]))
 
     assert weight.path is not None
     act, out = (
-        jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+        jax.ShapeDtypeStruct(_aval(var).shape, _aval(var).dtype)
         for var in (eqn.invars[1 - side], eqn.outvars[0])
     )
-    sliced = tuple(range(len(weight.sliced)))
     contracting = behind(axes.weight_sum)
-    batch = behind(axes.weight_batch) - contracting
-    rest = set(range(len(weight.shape))) - contracting - batch - set(sliced)
-    stack = tuple(sorted((*weight.sliced, *scope.shards)))
+    batch = [axis for axis in behind(axes.weight_batch) if axis not in contracting]
+    rest = set(range(len(weight.shape))) - {*contracting, *batch, *weight.sliced}
     terms = prod(weight.value.shape[i] for i in axes.weight_sum)
     return Site(
         path=weight.path,
         use=scope.uses.get(weight.path, 0),
         primitive=eqn.primitive.name,
         shape=weight.shape,
-        contracting=tuple(sorted(contracting)),
+        contracting=contracting,
         channels=tuple(sorted(rest)),
         batch=tuple(sorted(batch)),
-        sliced=sliced,
+        sliced=weight.sliced,
         act=act,
         act_channels=axes.data_sum,
         out=out,
-        macs=prod(out.shape) * terms * prod(length for _, length in stack),
+        macs=prod(out.shape) * terms * scope.turns,
         loops=scope.loops,
-        stack=stack,
+        stack=tuple(sorted((*weight.stack, *scope.shards))),
         shards=tuple(loop for loop, _ in scope.shards),
         note=scope.note,
     )
@@ -668,32 +737,52 @@ def _observe(scope: _Scope, eqn: jex.JaxprEqn, inputs: list[Any], outputs: list[
     """Keep what :func:`_finish` needs to know about an equation."""
     if not outputs:
         return
+    name, aval = eqn.primitive.name, _aval(eqn.outvars[0])
     data = [
         v
         for var, v in zip(eqn.invars, inputs, strict=True)
         if not isinstance(v, _Weight) and not isinstance(var, jex.Literal)
     ]
     scope.alive += [*data, *outputs]
-    shape = tuple(eqn.outvars[0].aval.shape)
-    same = len(outputs) == 1 and all(np.shape(v) == shape for v in data)
-    if eqn.primitive.name in ("convert_element_type", "reshape", "copy") and len(data) == 1:
+    if name in PASSED and len(data) == 1:
         origin = scope.alias.get(id(data[0]), id(data[0]))
-        scope.alias[id(outputs[0])] = (shape, str(eqn.outvars[0].aval.dtype), origin)
+        scope.alias[id(outputs[0])] = (
+            tuple(aval.shape),
+            str(aval.dtype),
+            eqn.params.get("dimensions"),
+            origin,
+        )
+    ordered = name in ("add", "mul") or not isinstance(next(iter(inputs), None), _Weight)
     assert scope.events is not None
     scope.events.append(
         _Event(
-            name=_function_name(eqn),
+            name=name if name in (*PASSED, *AFFINE) else _function_name(eqn),
             reads=tuple(map(id, data)),
             writes=id(outputs[0]),
-            weights=tuple(v for v in inputs if isinstance(v, _Weight)),
-            shape=shape,
-            elementwise=same and not _has_loop(eqn) and eqn.primitive.name not in PRODUCTS,
+            leaves=tuple(path for v in inputs if isinstance(v, _Weight) for path in v.sources),
+            elementwise=_is_elementwise(eqn) and all(np.shape(v) == aval.shape for v in data),
+            affine=name in AFFINE and ordered,
         )
     )
 
 
-def _has_loop(eqn: jex.JaxprEqn) -> bool:
-    return eqn.primitive.name in CALLS and not eqn.primitive.name.startswith("custom_")
+PASSED = ("convert_element_type", "copy", "name", "pvary", "reshape", "sharding_constraint")
+"""Primitives that do not change what a value is."""
+
+AFFINE = ("add", "sub", "mul", "div")
+
+ELEMENTWISE = """
+    abs add and ceil clamp cos div eq erf exp exp2 expm1 floor ge gt integer_pow le log log1p
+    logistic lt max min mul ne neg not or pow round rsqrt select_n sign sin sqrt square sub tanh
+""".split()  # noqa: SIM905
+
+
+def _is_elementwise(eqn: jex.JaxprEqn) -> bool:
+    """Whether an equation, or a call of such equations, is known to work entry by entry."""
+    name, shape = eqn.primitive.name, _aval((*eqn.invars, *eqn.outvars)[0]).shape
+    if CALLS.get(name) in (_inline, _custom):
+        return all(map(_is_elementwise, _open(_closed(eqn)[0])[0].eqns))
+    return name in (*ELEMENTWISE, *PASSED[:2]) or (name == "broadcast_in_dim" and shape == ())
 
 
 def _function_name(eqn: jex.JaxprEqn) -> str:
@@ -759,6 +848,21 @@ def _strong(value: Any, aval: Any) -> Any:
     return lax.convert_element_type(value, aval.dtype)
 
 
+def _vary(results: Any, like: Any) -> Any:
+    """Results of sites as arrays that differ between devices wherever ``like`` does."""
+
+    def axes(a: jax.Array) -> frozenset[str]:
+        return jax.typeof(a).manual_axis_type.varying
+
+    every = frozenset[str]().union(*map(axes, jax.tree.leaves(like)))
+
+    def marked(a: jax.Array) -> jax.Array:
+        missing = tuple(every - axes(a))
+        return lax.pcast(a, missing, to="varying") if missing else a
+
+    return jax.tree.map(marked, results)
+
+
 def _split(values: Sequence[Any], *counts: int) -> list[list[Any]]:
     ends = np.cumsum([0, *counts, len(values) - sum(counts)])
     return [list(values[a:b]) for a, b in pairwise(ends)]
@@ -782,7 +886,8 @@ def _sliceable(weight: Any, length: int) -> Any:
         return weight
 
     def full(a: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(a, (length, *a.shape[1:])) if a.shape[0] == 1 else a
+        a = jnp.atleast_1d(a)
+        return a if len(a) == length else jnp.repeat(a, length // len(a), 0)
 
     return replace(
         weight, value=jax.tree.map(full, weight.value), acts=jax.tree.map(full, weight.acts)
@@ -792,7 +897,12 @@ def _sliceable(weight: Any, length: int) -> Any:
 def _slice_of(weight: Any, loop: int, length: int) -> Any:
     if not isinstance(weight, _Weight) or weight.path is None:
         return weight
-    return replace(weight, axes=weight.axes[1:], sliced=(*weight.sliced, (loop, length)))
+    return replace(
+        weight,
+        axes=weight.axes[1:],
+        sliced=(*weight.sliced, *weight.axes[0]),
+        stack=(*weight.stack, (loop, length)),
+    )
 
 
 def _scan(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
@@ -800,16 +910,16 @@ def _scan(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
     closed, length = eqn.params["jaxpr"], eqn.params["length"]
     jaxpr, _ = _open(closed)
     pairs = list(zip(jaxpr.invars, eqn.invars, strict=True))
-    n_xs = sum(inner.aval.ndim != outer.aval.ndim for inner, outer in pairs)
+    n_xs = sum(_aval(inner).ndim != _aval(outer).ndim for inner, outer in pairs)
     ends = zip(jaxpr.outvars, eqn.outvars, strict=True)
-    n_carry = sum(inner.aval.ndim == outer.aval.ndim for inner, outer in ends)
+    n_carry = sum(_aval(inner).ndim == _aval(outer).ndim for inner, outer in ends)
     n_consts = len(values) - n_carry - n_xs
     consts, carry, xs = _split(values, n_consts, n_carry)
     kept = _unchanged(jaxpr, n_consts, n_carry)
     _carried(scope, eqn, carry, kept)
-    avals = [var.aval for var in jaxpr.invars[n_consts : n_consts + n_carry]]
+    avals = [_aval(var) for var in jaxpr.invars[n_consts : n_consts + n_carry]]
 
-    start, last, loop = scope.enter(), [scope], scope.next_loop
+    start, last, loop = scope.enter(length), [scope], scope.next_loop
     inside = scope.sites_inside()
     stacked = [site for site in inside if loop in dict(site.stack)]
     merged = [site for site in inside if loop not in dict(site.stack)] if scope.stat else []
@@ -835,13 +945,13 @@ def _scan(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
             for s in merged
             if s.name not in raw
         }
-        return (after, totals), (ys, results)
+        return (after, _vary(totals, values)), (ys, results)
 
     init = [_strong(v, avals[i]) for i, v in enumerate(carry) if i not in kept]
     xs = [_sliceable(v, length) for v in xs]
     (after, totals), (ys, results) = lax.scan(
         body,
-        (init, totals),
+        (init, _vary(totals, values)),
         (xs, deltas),
         length,
         reverse=eqn.params["reverse"],
@@ -861,7 +971,7 @@ def _while(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
     inner_jaxpr, _ = _open(body)
     kept = _unchanged(inner_jaxpr, counts[1], len(carry))
     _carried(scope, eqn, carry, kept)
-    avals = [var.aval for var in inner_jaxpr.invars[counts[1] :]]
+    avals = [_aval(var) for var in inner_jaxpr.invars[counts[1] :]]
     start, last = scope.enter(), [scope]
     merged = scope.sites_inside() if scope.stat else []
     totals = {site.name: scope.identity(site) for site in merged}
@@ -881,10 +991,10 @@ def _while(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
         last[:] = [inner]
         after = [_strong(v, avals[i]) for i, v in enumerate(outputs) if i not in kept]
         totals = {s.name: scope.merge(s, totals[s.name], inner.results[s.name]) for s in merged}
-        return after, totals
+        return after, _vary(totals, values)
 
     init = [_strong(v, avals[i]) for i, v in enumerate(carry) if i not in kept]
-    moving, totals = lax.while_loop(proceed, turn, (init, totals))
+    moving, totals = lax.while_loop(proceed, turn, (init, _vary(totals, values)))
     scope.leave(last[0])
     scope.results |= totals
     return whole(moving)
@@ -902,8 +1012,8 @@ def _cond(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
         inner = starts[i].copy()
         outputs = _run(inner, branches[i], operands)
         starts[i + 1 :] = [inner.copy()]
-        avals = [var.aval for var in eqn.outvars]
-        return [_strong(v, a) for v, a in zip(outputs, avals, strict=True)], blank | inner.results
+        outputs = [_strong(v, _aval(out)) for v, out in zip(outputs, eqn.outvars, strict=True)]
+        return outputs, _vary(blank | inner.results, values)
 
     outputs, results = lax.switch(_array(index), [partial(branch, i) for i in range(len(branches))])
     scope.leave(starts[-1])
@@ -916,7 +1026,7 @@ def _shard_map(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]
     params = eqn.params
     mesh, axes = params["mesh"], tuple(params["newly_manual_axes"])
     devices = prod(mesh.shape[axis] for axis in axes)
-    start, last, loop = scope.enter(), [scope], scope.next_loop
+    start, last, loop = scope.enter(devices), [scope], scope.next_loop
     start.shards = (*scope.shards, (loop, devices))
     inside = scope.sites_inside()
     deltas = {s.name: scope.deltas[s.name] for s in inside if s.name in scope.deltas}
@@ -964,7 +1074,7 @@ def _specs(value: Any, spec: Any) -> Any:
 
 
 def _shardable(value: Any, spec: Any, mesh: Any) -> Any:
-    """A leaf whose groups do not fall apart evenly enters as floats."""
+    """A leaf whose groups would be cut, or be one a device and look shared, enters as floats."""
     if not isinstance(value, _Weight) or not is_quantized(value.value):
         return value
 
@@ -972,9 +1082,13 @@ def _shardable(value: Any, spec: Any, mesh: Any) -> Any:
         axes = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
         return prod(mesh.shape[axis] for axis in axes)
 
-    fields = jax.tree.leaves(value.value)
+    def whole(groups: int, size: int, parts: int) -> bool:
+        return groups in (1, size) or (groups % parts == 0 and groups > parts)
+
     even = all(
-        a.shape[i] == 1 or a.shape[i] % shards(s) == 0 for a in fields for i, s in enumerate(spec)
+        whole(a.shape[i], value.value.shape[i], shards(entry))
+        for a in jax.tree.leaves(value.value)
+        for i, entry in enumerate(spec)
     )
     return value if even else replace(value, value=value.numbers())
 
@@ -1020,17 +1134,16 @@ def _trace(apply_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     def flat(*arrays: jax.Array) -> list[jax.Array]:
         mixed = list(leaves)
         for i, array in zip(traced, arrays, strict=True):
-            mixed[i] = array
+            leaf = leaves[i]
+            mixed[i] = array.astype(leaf.dtype) if is_quantized(leaf) else array
         args, kwargs = jax.tree.unflatten(structure, mixed)
         outputs[:] = jax.tree.flatten(apply_fn(*args, **kwargs))
         return [leaf for leaf in outputs[0] if _is_array(leaf)]
 
-    floats = [
-        jax.eval_shape(dequantize_array, leaves[i]) if is_quantized(leaves[i]) else leaves[i]
-        for i in traced
-    ]
+    # Codes stand in for floats: they are sharded alike, and a cast of a leaf is a view of it.
+    arrays = [jax.tree.leaves(leaves[i])[0] for i in traced]
     try:
-        jaxpr = jax.make_jaxpr(flat)(*floats)
+        jaxpr = jax.make_jaxpr(flat)(*arrays)
     except Exception as error:
         shapes = jax.tree.map(np.shape, (args, kwargs), is_leaf=is_quantized)
         error.add_note(f"lnq: apply_fn does not trace on arguments of shapes {shapes}")
@@ -1052,14 +1165,12 @@ def _named_weights(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, s
 
     These are the arguments with quantized leaves; if there is none, the first.
     """
-    holders = [
-        any(map(is_quantized, jax.tree.leaves(arg, is_leaf=is_quantized)))
-        for arg in (*args, *kwargs.values())
-    ]
+    every = (*args, *(kwargs[name] for name in sorted(kwargs)))  # as JAX flattens them
+    holders = [any(map(is_quantized, jax.tree.leaves(a, is_leaf=is_quantized))) for a in every]
     if not any(holders):
-        holders = [True, *holders[1:]]
+        holders = [number == 0 for number in range(len(every))]
     named, place = {}, 0
-    for number, (arg, holds) in enumerate(zip((*args, *kwargs.values()), holders, strict=True)):
+    for number, (arg, holds) in enumerate(zip(every, holders, strict=True)):
         first = sum(holders[:number]) == 0
         for name, leaf in tree.named_leaves(arg):
             if holds and (is_quantized(leaf) or tree.is_float(leaf)):
@@ -1111,24 +1222,24 @@ def _finish(scope: _Scope) -> Sites:
 
 def _followed(site: Site, product: _Event, readers: Mapping[int, list[_Event]]) -> Site:
     """Add bias, affine leaves and elementwise chain."""
-    bias, affine, chain, value = None, [], [], product.writes
+    bias, sign, affine, chain, value = None, 1, [], [], product.writes
     while len(readers.get(value, [])) == 1:
         (event,) = readers[value]
-        leaves = [name for weight in event.weights for name in weight.sources]
-        if event.name in ("reshape", "convert_element_type", "copy"):
+        if event.name in PASSED:
             pass
         elif not event.elementwise or len(event.reads) != 1:
             break
-        elif not leaves:
+        elif not event.leaves:
             chain.append(event.name)
-        elif chain:
+        elif chain or not event.affine:
             break
-        elif event.name == "add" and bias is None and not affine and len(leaves) == 1:
-            bias = leaves[0]
+        elif event.name in ("add", "sub") and not (bias or affine) and len(event.leaves) == 1:
+            (bias,), sign = event.leaves, 1 if event.name == "add" else -1
         else:
-            affine += leaves
+            affine += event.leaves
         value = event.writes
-    return site._replace(bias=bias, affine=tuple(dict.fromkeys(affine)), chain=tuple(chain))
+    affine, chain = tuple(dict.fromkeys(affine)), tuple(chain)
+    return site._replace(bias=bias, bias_sign=sign, affine=affine, chain=chain)
 
 
 def find_sites(apply_fn: ApplyFn, params: Params, *args: Any, **kwargs: Any) -> Sites:
