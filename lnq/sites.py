@@ -81,7 +81,7 @@ class Site(NamedTuple):
       chain: Elementwise functions that follow, until the value forks or changes shape.
       loops: Numbers of the loops, branches and shards it is inside of.
       stack: ``(loop, length)`` of each scan that slices the leaf and each ``shard_map`` around it:
-        leading axes of raw results and of deltas.
+        leading axes of deltas, and of raw results (which any other scan around adds its own to).
       shards: Those of ``loops`` that are a ``shard_map``.
       note: What a user should know, or empty.
     """
@@ -971,6 +971,9 @@ def _while(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
     inner_jaxpr, _ = _open(body)
     kept = _unchanged(inner_jaxpr, counts[1], len(carry))
     _carried(scope, eqn, carry, kept)
+    leaves = [v for v in cond_consts if isinstance(v, _Weight)]
+    if leaves:
+        scope.other(eqn, leaves, "condition of a loop")
     avals = [_aval(var) for var in inner_jaxpr.invars[counts[1] :]]
     start, last = scope.enter(), [scope]
     merged = scope.sites_inside() if scope.stat else []

@@ -955,3 +955,19 @@ def test_tracing_takes_less_than_twice_as_long():
     ]
     ours, theirs = np.min(pairs, 0)
     assert ours < 2 * theirs
+
+
+def test_a_leaf_in_the_condition_of_a_loop_is_listed():
+    def apply_fn(params, x):
+        def go_on(state):
+            return (state[1] @ params["gate"]).sum() + state[0] < 14.0
+
+        def turn(state):
+            return state[0] + jnp.arange(1.0).sum() + 1.0, jnp.tanh(state[1] @ params["w"]) + 1.0
+
+        return lax.while_loop(go_on, turn, (0.0, x))[1]
+
+    params = {"gate": jnp.ones((4, 1)), "w": jnp.eye(4)}
+    found = find_sites(apply_fn, params, jnp.ones((2, 4)))
+    assert [site.name for site in found.sites] == ["w"]
+    assert ("gate", "condition of a loop") in {(use.path, use.reason) for use in found.others}
