@@ -62,11 +62,43 @@ def rans_rows(results):
         )
 
 
+def aciq_rows(results):
+    judged = {"resnet": "accuracy", "efficientnet": "agreement"}
+    for model, name in judged.items():
+        for row in results[model]["rows"]:
+            share = (
+                f"{100 * row[name]:.1f} ± {100 * row['standard_error']:.1f}" if name in row else ""
+            )
+            if row["name"] == "float":
+                yield f"| {model} | | float | | | {share} |"
+            else:
+                yield (
+                    f"| {model} | {row['setting']} | {row['widths']} {row['name']} | "
+                    f"{row['sqnr_db']:.2f} | {row['kl']:.4f} | {share} |"
+                )
+
+
+def aciq_minilm_rows(results):
+    for row in results["minilm"]["rows"]:
+        if "deviation" in row:
+            yield (
+                f"| {row['setting']} | {row['name']} | {row['deviation']:.3f} | "
+                f"{row['wordsim353']:.3f} |"
+            )
+
+
 @pytest.mark.parametrize(
-    ("name", "rows"), [("minilm", minilm_rows), ("vgg", vgg_rows), ("rans", rans_rows)]
+    ("page", "name", "rows"),
+    [
+        ("riq", "minilm", minilm_rows),
+        ("riq", "vgg", vgg_rows),
+        ("riq", "rans", rans_rows),
+        ("aciq", "aciq", aciq_rows),
+        ("aciq", "aciq", aciq_minilm_rows),
+    ],
 )
-def test_tables_show_the_committed_results(name, rows):
-    page = (ROOT / "docs" / "riq.md").read_text()
+def test_tables_show_the_committed_results(page, name, rows):
+    page = (ROOT / "docs" / f"{page}.md").read_text()
     for row in rows(json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())):
         assert row in page
 
