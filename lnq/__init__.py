@@ -1,7 +1,8 @@
 """lnq: post-training compression of JAX models.
 
 A quantized model is the same parameter tree with some leaves replaced by
-:class:`~lnq.quantizer.QTensor`. Methods are modules (:mod:`lnq.riq`, :mod:`lnq.aciq`); a tree goes
+:class:`~lnq.quantizer.QTensor`. Methods are modules (:mod:`lnq.riq`, :mod:`lnq.aciq`,
+:mod:`lnq.lapq`); a tree goes
 to a file with :func:`save` and comes back with :func:`load`; ``quantized(apply_fn)`` runs it.
 """
 
@@ -32,12 +33,16 @@ _MODULES = (
     "container",
     "demo",
     "distortion",
+    "landscape",
+    "lapq",
     "quantizer",
     "riq",
+    "search",
     "sites",
     "tree",
     "tuning",
     "types",
+    "widths",
 )
 
 __all__ = ["__version__", *_HOME, *_MODULES]
@@ -52,12 +57,16 @@ if TYPE_CHECKING:
         container,
         demo,
         distortion,
+        landscape,
+        lapq,
         quantizer,
         riq,
+        search,
         sites,
         tree,
         tuning,
         types,
+        widths,
     )
     from lnq.container import FormatError, info, load, save
     from lnq.quantizer import FakeQuantTensor, QParams, QTensor, dequantize

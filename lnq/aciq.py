@@ -35,10 +35,19 @@ from jax.typing import ArrayLike
 
 from lnq import calibration, clipping, distortion, sites, tree
 from lnq.calibration import ActStats, Calibration
-from lnq.quantizer import QParams, QTensor, dequantize_array, fake_quant, make_qparams, narrow
+from lnq.quantizer import (
+    QParams,
+    QTensor,
+    correct_bias,
+    dequantize_array,
+    fake_quant,
+    make_qparams,
+    narrow,
+)
 from lnq.quantizer import quantize as round_to
 from lnq.sites import OtherUse, Site
 from lnq.types import ApplyFn, Params, Progress, Select
+from lnq.widths import site_widths
 
 __all__ = [
     "ACIQInfo",
@@ -47,7 +56,6 @@ __all__ = [
     "SiteRow",
     "act_grid",
     "affine_grid",
-    "correct_bias",
     "quantize",
     "quantize_array",
     "quantize_weights",
@@ -163,36 +171,6 @@ def affine_grid(low: ArrayLike, high: ArrayLike, bits: ArrayLike) -> QParams:
     qmin = -levels / 2.0
     zero_point = qmin - jnp.round(low / scale)
     return make_qparams(scale, zero_point=zero_point, qmin=qmin, qmax=levels + qmin - 1.0)
-
-
-def correct_bias(x: jax.Array, q: QTensor, axes: tuple[int, ...], *, norm: bool = True) -> QTensor:
-    r"""Give each channel of rounded weights the mean and the norm of the original.
-
-    .. math:: \hat x \leftarrow \xi\,(\hat x - \mathbb{E}\hat x) + \mathbb{E} x, \qquad
-              \xi = \lVert x - \mathbb{E} x\rVert \,/\, \lVert\hat x - \mathbb{E}\hat x\rVert
-
-    The codes stay; :math:`\xi` goes into the scale, the shift into the zero point, which is then no
-    whole number.
-
-    Args:
-      x: The original.
-      q: Its codes; one grid along ``axes``.
-      axes: The axes that a channel runs along.
-      norm: Whether the norm is restored too; otherwise :math:`\xi = 1`.
-
-    Example:
-      >>> x = jnp.array([[0.0, 1.0, 2.0, 5.0]])
-      >>> q = correct_bias(x, round_to(x, affine_grid([[0.0]], [[5.0]], 1)), (1,))
-      >>> dequantize_array(q).mean(), (jnp.std(dequantize_array(q)) / jnp.std(x)).round(4)
-      (Array(2., dtype=float32), Array(1., dtype=float32))
-    """
-    rounded, grid = dequantize_array(replace(q, dtype=jnp.float32)), q.qparams
-    mean, mean_q = (jnp.mean(a, axes, keepdims=True) for a in (x, rounded))
-    before, after = (distortion.l2_norm(a, axes) for a in (x - mean, rounded - mean_q))
-    usable = norm & (before > 0.0) & (after > 0.0)
-    scale = jnp.where(usable, before / jnp.where(after > 0.0, after, 1.0), 1.0) * grid.scale
-    zero_point = grid.zero_point + mean_q / grid.scale - mean / scale
-    return replace(q, qparams=replace(grid, scale=scale, zero_point=zero_point))
 
 
 def quantize_array(
@@ -429,7 +407,7 @@ def quantize(
         found = calibration.calibrate(apply_fn, params, calib, mask=mask, progress=progress)
     originals = dict(tree.named_leaves(params))
     _check_sites(found, originals, strict)
-    plan = _plan(found.sites.sites, weight_bits, act_bits, edge_bits, skip)
+    plan = site_widths(found.sites.sites, weight_bits, act_bits, edge_bits, skip)
 
     options = {"clip": weight_clip, "allocate": allocate, "correct": correct}
     acts = {
@@ -607,13 +585,6 @@ def _weight(w: jax.Array, bits: np.ndarray, uses: Sequence[Site], **options: Any
     return replace(q, qparams=jax.tree.map(shared, q.qparams))
 
 
-class _Plan(NamedTuple):
-    """Widths: of each quantized leaf and of the data at each of its sites, one per layer."""
-
-    weights: dict[str, np.ndarray]
-    acts: dict[str, np.ndarray]
-
-
 class _Act(NamedTuple):
     """The grid of the data at a site, as its leaf holds it and flat, and what it costs."""
 
@@ -639,41 +610,6 @@ def _check_sites(found: Calibration, originals: dict[str, Any], strict: bool) ->
         raise ValueError(
             f"calib: no data reached {', '.join(unseen)}; add examples that do, or strict=False"
         )
-
-
-def _plan(
-    every: Sequence[Site],
-    weight_bits: int | Select,
-    act_bits: int | Select | None,
-    edge_bits: int | None,
-    skip: Select | None,
-) -> _Plan:
-    plan = _Plan({}, {})
-    for site in every:
-        lengths = tuple(site.shape[axis] for axis in site.sliced)
-        names = [site.path + "".join(f"[{i}]" for i in at) for at in np.ndindex(*lengths)]
-        skipped = [skip is not None and bool(tree.lookup(skip, name, False)) for name in names]
-        if all(skipped):
-            continue
-
-        def widths(bits: int | Select, names: Sequence[str] = names) -> np.ndarray:
-            found = [bits if isinstance(bits, int) else tree.lookup(bits, n, 4) for n in names]
-            for name, width in zip(names, found, strict=True):
-                if width not in range(1, 17):
-                    raise ValueError(f"bits: {name!r} has {width!r}, not a number from 1 to 16")
-            return np.array(found, np.int32)
-
-        both = [widths(weight_bits)] + ([] if act_bits is None else [widths(act_bits)])
-        for width in both:
-            if edge_bits is not None:
-                width[:1] = np.maximum(width[:1], edge_bits * (site is every[0]))
-                width[-1:] = np.maximum(width[-1:], edge_bits * (site is every[-1]))
-            width[skipped] = 16
-        layered = [width.reshape(lengths) for width in both]
-        plan.weights[site.path] = np.maximum(layered[0], plan.weights.get(site.path, 1))
-        if act_bits is not None:
-            plan.acts[site.name] = layered[1]
-    return plan
 
 
 def _act(

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from lnq import quantizer
 from lnq.quantizer import QParams
@@ -208,6 +209,10 @@ def _nothing(like: ActStats) -> ActStats:
     return ActStats(empty.count, empty.mean, empty.squares, low, -low, empty.histogram)
 
 
+POOLED = Stat(lambda x, site: observe(x, ()), _nothing, merge)
+"""For :func:`~lnq.sites.tap`: statistics of all data at a site as one channel."""
+
+
 def pooled(stats: ActStats) -> ActStats:
     """All channels as one; ``[l.., c]`` to ``[l.., 1]``."""
     count = jnp.sum(stats.count, -1, keepdims=True)
@@ -230,16 +235,19 @@ def mean_distance(stats: ActStats) -> jax.Array:
     return jnp.minimum(_expected(stats, distance), stats.sigma)
 
 
-def grid_error(stats: ActStats, qparams: QParams, samples: int = 2) -> jax.Array:
-    """Mean squared error of rounding the data to a grid; squared value units.
+def grid_error(
+    stats: ActStats, qparams: QParams, samples: int = 2, p: ArrayLike = 2.0
+) -> jax.Array:
+    """Mean error of rounding the data to a grid, to the power p; value units to that power.
 
     Args:
       stats: Statistics, ``[c]``.
       qparams: The grid, fields ``[c]``.
       samples: Points per bin of the histogram.
+      p: The power; may be traced.
     """
     values, rounded = _rounded(stats, qparams, samples)
-    return _expected(stats, jnp.mean((rounded - values) ** 2, -1))
+    return _expected(stats, jnp.mean(jnp.abs(rounded - values) ** p, -1))
 
 
 def rounded_mean(stats: ActStats, qparams: QParams, samples: int = 8) -> jax.Array:

@@ -279,7 +279,7 @@ def _encode_tree(
         if name.startswith("__"):
             raise ValueError(f"save: leaf {name!r}: names that begin with '__' are reserved")
         if is_quantized(leaf):
-            coded[name] = _hardened(leaf)
+            coded[name] = _hardened(name, leaf)
         else:
             _encode_plain(name, leaf, tensors, entries)
     layouts = {name: _best_layout(_codes(name, leaf)) for name, leaf in coded.items()}
@@ -354,9 +354,14 @@ def _codes(name: str, leaf: QTensor) -> np.ndarray:
     return np.asarray(leaf.codes if bits >= 8 else leaf.codes.astype(jnp.int8))
 
 
-def _hardened(leaf: QTensor | FakeQuantTensor) -> QTensor:
+def _hardened(name: str, leaf: QTensor | FakeQuantTensor) -> QTensor:
     if isinstance(leaf, QTensor):
         return leaf
+    if leaf.qparams is None:
+        raise ValueError(
+            f"save: leaf {name!r} has float weights and grids for its data; a file holds codes: "
+            "quantize the weights too, 16 bits lose next to nothing"
+        )
     return narrow(replace(quantize(leaf.values, leaf.qparams), acts=leaf.acts, dtype=leaf.dtype))
 
 

@@ -14,17 +14,19 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from lnq.distortion import wide
+from lnq.distortion import l2_norm, wide
 
 __all__ = [
     "FakeQuantTensor",
     "QParams",
     "QTensor",
+    "correct_bias",
     "dequantize",
     "dequantize_array",
     "fake_quant",
     "is_quantized",
     "make_qparams",
+    "match_moments",
     "narrow",
     "quantize",
 ]
@@ -98,13 +100,13 @@ class FakeQuantTensor:
 
     Attributes:
       values: Floats, any shape.
-      qparams: Their grid.
+      qparams: Their grid; None where they stay as they are and only the data is rounded.
       acts: As in :class:`QTensor`.
       dtype: The dtype of the rounded values; the only static field.
     """
 
     values: jax.Array
-    qparams: QParams
+    qparams: QParams | None
     acts: tuple[QParams | None, ...] = ()
     dtype: Any = field(default=jnp.dtype("float32"), metadata={"static": True})
 
@@ -181,6 +183,67 @@ def fake_quant(x: jax.Array, qparams: QParams) -> jax.Array:
     return _values(codes, qparams).astype(x.dtype)
 
 
+def match_moments(
+    x: jax.Array, rounded: jax.Array, axes: tuple[int, ...], *, norm: bool = True
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    r"""What gives each channel of rounded values the mean and the norm of the original.
+
+    .. math:: \hat x \leftarrow \xi\,(\hat x - \mathbb{E}\hat x) + \mathbb{E} x, \qquad
+              \xi = \lVert x - \mathbb{E} x\rVert \,/\, \lVert\hat x - \mathbb{E}\hat x\rVert
+
+    Args:
+      x: The original.
+      rounded: The same, rounded.
+      axes: The axes that a channel runs along.
+      norm: Whether the norm is restored too; otherwise :math:`\xi = 1`.
+
+    Returns:
+      :math:`\xi`, the mean of ``rounded`` and that of ``x``; the axes kept as 1.
+
+    Example:
+      >>> x = jnp.array([[0.0, 1.0, 2.0, 5.0]])
+      >>> factor, mean_rounded, mean = match_moments(x, 2.0 * x, (1,))
+      >>> factor, mean_rounded, mean
+      (Array([[0.5]], dtype=float32), Array([[4.]], dtype=float32), Array([[2.]], dtype=float32))
+    """
+    mean, mean_rounded = (jnp.mean(a, axes, keepdims=True) for a in (x, rounded))
+    if not norm:
+        return jnp.ones_like(mean), mean_rounded, mean
+    before, after = (l2_norm(a, axes) for a in (x - mean, rounded - mean_rounded))
+    usable = (before > 0.0) & (after > 0.0)
+    return (
+        jnp.where(usable, before / jnp.where(after > 0.0, after, 1.0), 1.0),
+        mean_rounded,
+        mean,
+    )
+
+
+def correct_bias(x: jax.Array, q: QTensor, axes: tuple[int, ...], *, norm: bool = True) -> QTensor:
+    r"""Give each channel of rounded weights the mean and the norm of the original.
+
+    The codes stay; the factor of :func:`match_moments` goes into the scale, the shift into the zero
+    point, which is then no whole number.
+
+    Args:
+      x: The original.
+      q: Its codes; one grid along ``axes``.
+      axes: The axes that a channel runs along.
+      norm: Whether the norm is restored too.
+
+    Example:
+      >>> x = jnp.array([[0.0, 1.0, 2.0, 5.0]])
+      >>> q = correct_bias(x, quantize(x, make_qparams([[5.0]], qmin=0, qmax=1)), (1,))
+      >>> dequantize_array(q).mean(), (jnp.std(dequantize_array(q)) / jnp.std(x)).round(4)
+      (Array(2., dtype=float32), Array(1., dtype=float32))
+    """
+    grid = q.qparams
+    rounded = dequantize_array(replace(q, dtype=jnp.float32))
+    factor, mean_rounded, mean = match_moments(x, rounded, axes, norm=norm)
+    scale = factor * grid.scale
+    zero_point = grid.zero_point + mean_rounded / grid.scale - mean / scale
+    return replace(q, qparams=replace(grid, scale=scale, zero_point=zero_point))
+
+
 def dequantize(qtree: Any) -> Any:
     """Replace every quantized leaf of a tree by its float array; other leaves stay.
 
@@ -199,7 +262,8 @@ def dequantize_array(leaf: QTensor | FakeQuantTensor) -> jax.Array:
     """The float array of one quantized leaf."""
     if isinstance(leaf, QTensor):
         return _values(leaf.codes.astype(jnp.float32), leaf.qparams).astype(leaf.dtype)
-    return fake_quant(leaf.values, leaf.qparams).astype(leaf.dtype)
+    values = leaf.values if leaf.qparams is None else fake_quant(leaf.values, leaf.qparams)
+    return values.astype(leaf.dtype)
 
 
 _dequantize = jax.jit(dequantize_array)

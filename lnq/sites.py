@@ -1271,7 +1271,12 @@ def find_sites(apply_fn: ApplyFn, params: Params, *args: Any, **kwargs: Any) -> 
     return _find(_trace(apply_fn, (params, *args), kwargs))
 
 
-def tap(apply_fn: ApplyFn, stat: Stat, only: Callable[[Site], bool] | None = None) -> ApplyFn:
+def tap(
+    apply_fn: ApplyFn,
+    stat: Stat,
+    only: Callable[[Site], bool] | None = None,
+    through: Callable[[jax.Array, QParams | None, Any], jax.Array] | None = None,
+) -> ApplyFn:
     """Return ``apply_fn`` with a second output: a statistic of the data at each site.
 
     Args:
@@ -1279,6 +1284,9 @@ def tap(apply_fn: ApplyFn, stat: Stat, only: Callable[[Site], bool] | None = Non
       stat: What to compute. A leaf that a ``scan`` slices gives stacked results; one that is
         constant in a loop gives merged ones, and so do shards.
       only: Which sites; all by default.
+      through: ``through(x, grid, statistic) -> x``: what the product reads in place of the data, so
+        that later sites see what becomes of it; ``grid`` is that of the data as the leaf holds it,
+        or None. By default the data.
 
     Returns:
       A function with the same arguments that returns ``(outputs, {site name: statistic})``.
@@ -1299,9 +1307,11 @@ def tap(apply_fn: ApplyFn, stat: Stat, only: Callable[[Site], bool] | None = Non
         names = {site.name for site in plan}
 
         def rule(scope: _Scope, product: _Product) -> jax.Array:
-            if product.site.name in names:
-                scope.results[product.site.name] = stat.observe(product.x, product.site)
-            return _product_only(scope, product)
+            x, site = product.x, product.site
+            if site.name in names:
+                found = scope.results[site.name] = stat.observe(x, site)
+                x = x if through is None else through(x, _act(product), found)
+            return _product_only(scope, product._replace(x=x))
 
         scope = _Scope(rule, plan=plan, stat=stat)
         outputs = _interpret(scope, traced, traced.values)
@@ -1372,20 +1382,20 @@ def quantized(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def _multiply(scope: _Scope, product: _Product) -> jax.Array:
     """The product at a site, as the leaf asks for it."""
-    use, x, weight = product.site.use, product.x, product.weight
-    act = weight.acts[use] if use < len(weight.acts) else None
+    act = _act(product)
     if act is None:
         return _product_only(scope, product)
-    act = _fitted(act, jnp.ndim(x))
     if _has_integers(product, act):
         return _integer_product(product, act)
-    return product.bind(fake_quant(x, act), weight.numbers())
+    return product.bind(fake_quant(product.x, act), product.weight.numbers())
 
 
-def _fitted(act: QParams, ndim: int) -> QParams:
-    """A grid that is one for all data fits data of any rank."""
-    if all(a.size == 1 for a in jax.tree.leaves(act)):
-        return jax.tree.map(lambda a: a.reshape((1,) * ndim), act)
+def _act(product: _Product) -> QParams | None:
+    """The grid of the data; one that is the same for all of it fits data of any rank."""
+    acts, use = product.weight.acts, product.site.use
+    act = acts[use] if use < len(acts) else None
+    if act is not None and all(a.size == 1 for a in jax.tree.leaves(act)):
+        return jax.tree.map(lambda a: a.reshape((1,) * jnp.ndim(product.x)), act)
     return act
 
 

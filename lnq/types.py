@@ -13,13 +13,16 @@ i, o  input and output channels of a kernel (Flax: last two axes)
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-__all__ = ["ApplyFn", "Params", "Progress", "Select", "UnreachableError"]
+__all__ = ["ApplyFn", "LossFn", "Params", "Progress", "Select", "UnreachableError"]
 
 Params: TypeAlias = Any
 """Any pytree of arrays: a linen variable dict, an NNX state, a dataclass."""
 
 ApplyFn: TypeAlias = Callable[[Params, Any], Any]
 """``apply_fn(params, batch) -> outputs``, any JAX function."""
+
+LossFn: TypeAlias = Callable[[Any, Any], Any]
+"""``loss_fn(outputs, batch) -> scalar``, the mean over the examples of the batch."""
 
 Progress: TypeAlias = Callable[[int, int | None, str], None]
 """``progress(done, total, what)``, called as work proceeds; the total is None where unknown."""

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 import lnq
 from lnq import aciq, calibration, clipping, distortion, sites
-from lnq.quantizer import QTensor, dequantize_array, fake_quant, quantize
+from lnq.quantizer import QTensor, correct_bias, dequantize_array, fake_quant, quantize
 
 RNG = np.random.default_rng(5)
 LAPLACE = RNG.laplace(size=(100_000, 1)).astype(np.float32)
@@ -153,7 +153,7 @@ def test_correcting_the_mean_removes_its_square_from_the_error():
     shift = a.mean(0) - b.mean(0)
     gain = ((a - b) ** 2).mean(0) - ((a - b - shift) ** 2).mean(0)
     np.testing.assert_allclose(gain, shift**2, rtol=1e-9)
-    corrected = dequantize_array(aciq.correct_bias(w, q, (0, 1, 2), norm=False))
+    corrected = dequantize_array(correct_bias(w, q, (0, 1, 2), norm=False))
     means = np.asarray(corrected, np.float64).reshape(-1, 2).mean(0)
     np.testing.assert_allclose(means, a.mean(0), atol=1e-6)
 
