@@ -14,9 +14,10 @@ calibration draws; `cost` is in evaluations of the loss.
 
 * `widest`: nothing is clipped, as with the range of the values;
 * `p = 2`: each clip has the least squared error on its own tensor;
-* `p*`: the best exponent by the loss, `method="none"`;
+* `p*`: the best of nine exponents, of p* and of no clipping, by the loss: `method="none"`;
 * `coordinate` and `powell`: the loss is searched from there;
-* `+ tables`: `powell`, and the embedding tables in 8 bits.
+* `+ tables`: `powell`, and the embedding tables in 8 bits;
+* `8-bit edges`: `powell` with the first and the last layer in 8 bits, which is the default.
 
 Embedding tables are looked up, not multiplied: LAPQ lists them under `problem.sites.others` and
 leaves them float, and here they are nearly all of the model. What they hold is rounded as the data
@@ -177,16 +178,16 @@ def measure(qtree: Params, data: Data, calib: Batch) -> Row:
 
 def variants(params: Params, calib: Batch, bits: int) -> Iterator[tuple[str, Params, Row]]:
     """Quantized trees of one width, with what was found out on the way."""
-    options = {
+    default: dict[str, Any] = {
         "loss_fn": loss_fn,
         "weight_bits": bits,
         "act_bits": bits,
-        "edge_bits": None,
         "batch_size": 512,
     }
+    options: dict[str, Any] = {**default, "edge_bits": None}
     made = lapq.problem(apply_fn, params, calib, **options)
     yield "widest", made.tree(made.widest), {}
-    yield "p = 2", made.tree(jax.jit(made.start)(2.0, made.data)), {"p": 2.0}
+    yield "p = 2", made.tree(jax.jit(made.start)(2.0, made.data)), {}
     qtree, info = lapq.quantize(apply_fn, params, calib, method="none", **options)
     yield "p*", qtree, {"p": info.p, "cost": info.cost}
     for method in ("coordinate", "powell"):
@@ -195,6 +196,9 @@ def variants(params: Params, calib: Batch, bits: int) -> Iterator[tuple[str, Par
         )
         yield method, qtree, {"p": found.p, "cost": found.cost}
     yield "+ tables", aciq.quantize_weights(qtree, 8, select="embedding$"), {}
+    if bits < 8:
+        qtree, found = lapq.quantize(apply_fn, params, calib, **default)
+        yield "8-bit edges", qtree, {"p": found.p, "cost": found.cost}
 
 
 def mean_row(setting: str, name: str, draws: list[Row], float_top: np.ndarray) -> Row:
@@ -242,26 +246,26 @@ def table_bytes(params: Params, calib: Batch) -> tuple[int, int]:
 def show(rows: list[Row], tables: int, total: int, popular: float) -> None:
     """Print the results."""
     table = Table(
-        "widths", "clips", "p", "cost", "calib loss", "kept back",
+        "widths", "clips", "cost", "calib loss", "kept back",
         f"hit-rate@{TOP}", "change", "bytes",
-        title=f"embedding tables: {tables:,} of {total:,} bytes; losses in nats, rates in %, "
-        f"± standard error over {USERS} users",
+        title=f"embedding tables: {tables:,} of {total:,} bytes; losses in nats, rates in % "
+        "± standard error",
         caption=f"The most popular items have a hit-rate of {100.0 * popular:.2f} %.",
     )  # fmt: skip
     for column in table.columns[2:]:
         column.justify = "right"
+    last = {row["setting"]: row["name"] for row in rows}
     for row in rows:
         table.add_row(
             row["setting"],
             row["name"],
-            f"{row['p']:.2f}" if "p" in row else "",
             f"{row['cost']:.0f}" if "cost" in row else "",
             f"{row['calib_loss']:.4f}",
             f"{row['held_out_loss']:.4f}",
             "{:.2f} ± {:.2f}".format(*(100.0 * x for x in row["hit_rate"])),
             "{:+.2f} ± {:.2f}".format(*(100.0 * x for x in row["change"])) if row["name"] else "",
             f"{row['bytes']:,.0f}",
-            end_section=row is rows[-1] or row["name"] in ("", "+ tables"),
+            end_section=row["name"] == last[row["setting"]],
         )
     Console(width=110).print(table)
 

@@ -20,9 +20,9 @@ Source: Nahshan et al., `Loss Aware Post-training Quantization
 Differs from the paper and the code in: data is quantized where a product reads it, once for all
 products that read it, not behind each ReLU; clips are searched in logarithms; p is scanned in
 1 .. 5 and the parabola goes through the best and its neighbours; the search starts from the best of
-all that were tried; what is returned is the best on examples that the search did not use; without
-labels the loss is the divergence from the float model; the first and the last layer have 8 bits
-(:func:`published` has the paper's choice, and its grid).
+all that were tried, first on a quarter of the batches; what is returned is the best on examples
+that the search did not use; without labels the loss is the divergence from the float model; the
+first and the last layer have 8 bits (:func:`published` has the paper's choice, and its grid).
 """
 
 from collections import OrderedDict
@@ -39,10 +39,10 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
-from lnq import calibration, distortion, quantizer, search, sites, tree
+from lnq import calibration, distortion, quantizer, reuse, search, sites, tree
 from lnq.calibration import ActStats
 from lnq.quantizer import FakeQuantTensor, QParams, QTensor, fake_quant, make_qparams
-from lnq.search import SearchState
+from lnq.search import Move, SearchState
 from lnq.sites import Site, Sites, Stat
 from lnq.types import ApplyFn, LossFn, Params, Progress, Select
 from lnq.widths import Widths, site_widths
@@ -240,6 +240,22 @@ class Data(NamedTuple):
     references: tuple[Any, ...]
 
 
+class Stage(NamedTuple):
+    """The part of a loss that depends on the last entries of ``theta``.
+
+    Attributes:
+      first: The first of these entries.
+      share: Of the multiplications that this part makes.
+      keep: ``keep(theta, data) -> kept``: the model's values where the part begins.
+      loss: ``loss(theta[first:], kept, theta, data) -> scalar``: the loss, from there on.
+    """
+
+    first: int
+    share: float
+    keep: Callable[[jax.Array, Data], Any]
+    loss: Callable[[jax.Array, Any, jax.Array, Data], jax.Array]
+
+
 class Problem(NamedTuple):
     """The loss of a quantized model as a function of its clips' logarithms, ``theta [n]``.
 
@@ -253,6 +269,7 @@ class Problem(NamedTuple):
       held_out: What is accepted on: one batch in five, or all if they are fewer.
       sites: Of the model.
       tree: ``tree(theta) -> qtree`` of integer codes.
+      stages: Parts of the loss, each at most 0.7 of the one before; the first is all of it.
     """
 
     names: tuple[str, ...]
@@ -264,6 +281,7 @@ class Problem(NamedTuple):
     held_out: Data
     sites: Sites
     tree: Callable[[jax.Array], Params]
+    stages: tuple[Stage, ...]
 
 
 @dataclass(frozen=True)
@@ -434,17 +452,16 @@ def problem(
 
     def of_batch(qtree: Params, batch: Any, reference: Any) -> jax.Array:
         out = run(qtree, batch)
-        return distance(reference, out) if loss_fn is None else loss_fn(out, batch)
+        found = distance(reference, out) if loss_fn is None else loss_fn(out, batch)
+        return jnp.asarray(found, jnp.float32)
 
     def loss(theta: jax.Array, data: Data) -> jax.Array:
         qtree = plan.fake(data.params, data.grids, unravel(jnp.exp(theta)))
-        total, examples = jnp.float32(0.0), 0
-        for batch, reference in zip(data.batches, data.references, strict=True):
-            count, size = jax.tree.leaves(batch)[0].shape[:2]
-            losses = lax.map(lambda pair: of_batch(qtree, *pair), (batch, reference))
-            total += size * jnp.sum(losses).astype(jnp.float32)
-            examples += count * size
-        return total / examples
+        pairs = zip(data.batches, data.references, strict=True)
+        return _mean([lax.map(lambda pair: of_batch(qtree, *pair), pair) for pair in pairs], data)
+
+    def whole(clips: Clips, data: Data, batch: Any) -> jax.Array:
+        return of_batch(plan.fake(data.params, data.grids, clips), *batch)
 
     def start(p: ArrayLike, data: Data) -> jax.Array:
         batch = jax.tree.map(lambda a: a[0], data.batches[0])
@@ -459,6 +476,8 @@ def problem(
         return Data(params, grids, batches, references)
 
     data, held_out = split(False), split(True)
+    if loss_fn is None and distance is distortion.kl:
+        _check_softmax(outputs[0])
     _check_loss(loss, jnp.log(flat), data)
     return Problem(
         names=_names(widest),
@@ -470,7 +489,77 @@ def problem(
         held_out=held_out,
         sites=found,
         tree=lambda theta: plan.hard(params, grids, unravel(jnp.exp(theta))),
+        stages=tuple(
+            _stage(whole, widest, *begins) for begins in _stage_starts(widest, found.sites)
+        ),
     )
+
+
+def _mean(losses: Sequence[jax.Array], data: Data) -> jax.Array:
+    """Mean over the examples from the means of the batches."""
+    sizes = [jax.tree.leaves(batch)[0].shape[1] for batch in data.batches]
+    totals = [size * jnp.sum(of) for size, of in zip(sizes, losses, strict=True)]
+    return jnp.sum(jnp.stack(totals)) / _examples(data)
+
+
+def _examples(data: Data) -> int:
+    return sum(prod(jax.tree.leaves(batch)[0].shape[:2]) for batch in data.batches)
+
+
+def _stage(
+    of_batch: Callable[[Clips, Data, Any], jax.Array], widest: Clips, first: int, share: float
+) -> Stage:
+    """The part of a loss from entry ``first`` of ``theta`` on."""
+
+    def halves(theta: jax.Array, data: Data, batch: Any) -> reuse.Halves:
+        def whole(fixed: Any, moving: jax.Array) -> jax.Array:
+            theta, data, batch = fixed
+            return of_batch(_joined(widest, theta, moving, first), data, batch)
+
+        return reuse.split(whole, (theta, data, batch), theta[first:])
+
+    def keep(theta: jax.Array, data: Data) -> Any:
+        fixed = data._replace(batches=(), references=())
+
+        def of(batch: Any) -> Any:
+            return halves(theta, fixed, batch)[0]((theta, fixed, batch))
+
+        return [lax.map(of, group) for group in zip(data.batches, data.references, strict=True)]
+
+    def loss(moving: jax.Array, kept: Any, theta: jax.Array, data: Data) -> jax.Array:
+        fixed = data._replace(batches=(), references=())
+
+        def of(pair: Any) -> jax.Array:
+            kept, batch = pair
+            return halves(theta, fixed, batch)[1](kept, (theta, fixed, batch), moving)
+
+        groups = zip(kept, zip(data.batches, data.references, strict=True), strict=True)
+        return _mean([lax.map(of, group) for group in groups], data)
+
+    return Stage(first, share, keep, loss)
+
+
+def _joined(widest: Clips, theta: jax.Array, moving: jax.Array, first: int) -> Clips:
+    """Clips from the head of ``theta`` and, from ``first`` on, from ``moving``; never of both."""
+    clips, place = OrderedDict(), 0
+    for name, like in widest.items():
+        source, at = (theta, place) if place < first else (moving, place - first)
+        clips[name] = jnp.exp(source[at : at + like.size]).reshape(like.shape)
+        place += like.size
+    return clips
+
+
+def _stage_starts(widest: Clips, every: Sequence[Site]) -> list[tuple[int, float]]:
+    """Where in ``theta`` a stage may begin, and what share of the work is left there."""
+    left = np.cumsum([site.macs for site in every][::-1])[::-1] / sum(s.macs for s in every)
+    place, starts = 0, [(0, 1.0)]
+    work = {_weights(site.path): share for site, share in zip(every[::-1], left[::-1], strict=True)}
+    work |= {_data(site.name): share for site, share in zip(every, left, strict=True)}
+    for name, like in widest.items():
+        if work[name] <= 0.7 * starts[-1][1]:
+            starts.append((place, float(work[name])))
+        place += like.size
+    return starts
 
 
 def _plan(every: Sequence[Site], widths: Widths, correct: Correct) -> _Plan:
@@ -591,11 +680,12 @@ def _pieces(calib: Any, size: int) -> list[Any]:
 
 
 def _cut(batch: Any, size: int, least: int) -> list[Any]:
-    """Equal parts, each with examples from everywhere; a few that are left over are dropped."""
+    """Equal parts, shuffled (always alike); a few examples that are left over are dropped."""
     examples = calibration.batch_size(batch)
     parts = min(examples, max(least, ceil(examples / size)))
-    length = examples // parts
-    return [jax.tree.map(lambda a, i=i: a[i::parts][:length], batch) for i in range(parts)]
+    order = np.random.default_rng(0).permutation(examples)
+    chosen = order[: examples // parts * parts].reshape(parts, -1)
+    return [jax.tree.map(lambda a, part=part: np.asarray(a)[part], batch) for part in chosen]
 
 
 def _stacked(pieces: Sequence[Any]) -> list[Any]:
@@ -614,6 +704,15 @@ def _names(clips: Clips) -> tuple[str, ...]:
     return tuple(
         name if a.size == 1 else f"{name}[{i}]" for name, a in clips.items() for i in range(a.size)
     )
+
+
+def _check_softmax(outputs: Any) -> None:
+    shapes = [np.shape(out) for out in jax.tree.leaves(outputs)]
+    if len(shapes) != 1 or len(shapes[0]) < 2 or shapes[0][-1] < 2:
+        raise ValueError(
+            "distance: the default compares the softmax of one array of logits, but the outputs "
+            f"have shapes {shapes}; give `loss_fn`, or a `distance` such as distortion.mse"
+        )
 
 
 def _check_loss(loss: Callable[..., jax.Array], theta: jax.Array, data: Data) -> None:
@@ -658,7 +757,7 @@ class LAPQState(NamedTuple):
       sweeps: How many were made, of both.
       cost: Evaluations so far, those on a quarter of the batches counted as that.
       start: Where the search began, ``theta [n]``.
-      best: The best on the examples held out, ``theta [n]``.
+      best: Of the start and what each sweep found, the best on the examples held out, ``[n]``.
       held_out: The loss there.
       ps: Exponents tried, ``[k]``; infinity for no clipping.
       losses: Loss of each on the examples searched on, ``[k]``.
@@ -683,7 +782,7 @@ class LAPQInfo(NamedTuple):
 
     Attributes:
       rows: One for each clip.
-      p: The exponent that phase 2 found.
+      p: The exponent of the start; infinity if clipping nothing was the best.
       loss: Of the result, on the examples searched on.
       held_out: The same on those held out.
       cost: How often the loss was evaluated, on all batches or as many times on a part of them.
@@ -729,14 +828,14 @@ def begin(
         )
     if len(set(losses)) == 1:
         raise ValueError(f"loss_fn: is {losses[0]} whatever the clips; it must depend on outputs")
-    first, kept = int(np.argmin(losses)), int(np.argmin(held_out))
+    first = int(np.argmin(losses))
     return LAPQState(
         search=search.start(thetas[first], losses[first]),
         sweeps=np.array(0),
         cost=np.array(len(tried), np.float32),
         start=thetas[first],
-        best=thetas[kept],
-        held_out=np.array(held_out[kept], np.float32),
+        best=thetas[first],
+        held_out=np.array(held_out[first], np.float32),
         ps=np.array(tried, np.float32),
         losses=np.array(losses, np.float32),
         held_out_losses=np.array(held_out, np.float32),
@@ -751,6 +850,7 @@ def improve(
     sweeps: int = 2,
     *,
     joint: bool = True,
+    reuse_prefixes: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[LAPQState]:
     """Phase 3: sweeps on a part of the batches, then on all; yields the state after each.
@@ -761,6 +861,8 @@ def improve(
       rough: As in :func:`quantize`.
       sweeps: Likewise.
       joint: Whether directions are renewed; without it this is coordinate descent.
+      reuse_prefixes: Whether to compute the layers before those whose clips move only once; each
+        of ``made.stages`` is compiled for that.
       progress: Called after each line.
     """
     width = WIDTH * 2.0 ** (-made.bits.min() / 2.0)
@@ -772,23 +874,43 @@ def improve(
             continue
         found = state.search
         if state.sweeps == first:
-            found = search.start(found.x, loss(found.x, data), width)
-        states = search.powell(made.loss, found, data, joint=joint, progress=progress)
+            points = [(float(loss(x, data)), x) for x in (state.start, found.x)]
+            at_x, x = min(points, key=lambda point: point[0])
+            found = search.start(x, at_x, width)
+        line = _staged_line(made.stages) if reuse_prefixes else None
+        states = search.powell(made.loss, found, data, joint=joint, line=line, progress=progress)
         while state.sweeps < last:
             before, found = found, next(states)
             share = _examples(data) / _examples(made.data)
-            cost = share * int(found.evaluations - before.evaluations) + (share < 1.0)
+            cost = share * float(found.evaluations - before.evaluations) + (share < 1.0)
             yield (state := _accepted(made, loss, state, found, cost))
+
+
+def _staged_line(stages: Sequence[Stage]) -> search.Line:
+    """A line search that evaluates no more than the direction needs."""
+    lines = [jax.jit(partial(search.line_search, stage.loss)) for stage in stages]
+    keeps = [jax.jit(stage.keep) for stage in stages]
+    held: dict[int, Any] = {}
+
+    def line(x: np.ndarray, at_x: Any, direction: np.ndarray, width: Any, data: Data) -> Move:
+        begins = np.flatnonzero(direction)[0]
+        k = max(i for i, stage in enumerate(stages) if stage.first <= begins)
+        stage, head, cost = stages[k], x[: stages[k].first].tobytes(), 0.0
+        if held.get(k, (None,))[0] != head:
+            held.clear()
+            held[k] = head, keeps[k](x, data)
+            cost = 1.0 - stage.share
+        tail = slice(stage.first, None)
+        move = lines[k](x[tail], at_x, direction[tail], width, held[k][1], x, data)
+        return move._replace(evaluations=cost + stage.share * float(move.evaluations))
+
+    return line
 
 
 def _part(data: Data) -> Data:
     """A quarter of the batches."""
     some = jax.tree.map(lambda a: a[:: min(4, len(a))], (data.batches, data.references))
     return data._replace(batches=some[0], references=some[1])
-
-
-def _examples(data: Data) -> int:
-    return sum(prod(jax.tree.leaves(batch)[0].shape[:2]) for batch in data.batches)
 
 
 def _accepted(
@@ -808,6 +930,14 @@ def _accepted(
     )
 
 
+def _check_state(made: Problem, state: LAPQState) -> None:
+    same = np.shape(state.best) == np.shape(made.widest)
+    if not same or not np.isclose(jax.jit(made.loss)(state.best, made.held_out), state.held_out):
+        raise ValueError(
+            "state: its best point has another loss here; continue with the arguments it began with"
+        )
+
+
 def _info(made: Problem, state: LAPQState) -> LAPQInfo:
     values = (np.exp(np.asarray(theta)) for theta in (made.widest, state.start, state.best))
     return LAPQInfo(
@@ -815,7 +945,7 @@ def _info(made: Problem, state: LAPQState) -> LAPQInfo:
             ClipRow(name, int(bits), *map(float, clips))
             for name, bits, *clips in zip(made.names, made.bits, *values, strict=True)
         ),
-        p=float(state.ps[-1]),
+        p=float(state.ps[np.argmin(state.losses)]),
         loss=float(jax.jit(made.loss)(state.best, made.data)),
         held_out=float(state.held_out),
         cost=float(state.cost),
@@ -853,13 +983,14 @@ def quantize(
       apply_fn: ``apply_fn(params, batch) -> outputs``.
       params: Its parameters.
       calib: Examples, a few hundred; with labels if ``loss_fn`` needs them. An array, dict or tuple
-        is one pytree of examples, a list holds batches.
+        is one pytree of examples and is shuffled, a list holds batches.
       loss_fn: ``loss_fn(outputs, batch) -> scalar``, the mean over the batch. Without it, labels
         are not needed: the loss is ``distance``.
       distance: ``distance(outputs of the float model, outputs)``, by default the divergence of
         their softmax; for embeddings, say, :func:`~lnq.distortion.mse`.
-      weight_bits: Width of the weights, 1 to 16: a number, a mapping from regular expressions on
-        leaf names to numbers, or a function of the name; None is float.
+      weight_bits: Width of the weights at sites, 1 to 16: a number, a mapping from regular
+        expressions on leaf names to numbers, or a function of the name; None is float. Leaves that
+        are no factor of a product (an embedding) stay as they are.
       act_bits: Width of the data at the sites of a leaf, likewise.
       edge_bits: Least width at the first and the last site; None for no exception.
       skip: Leaves that stay float, with the data at their sites.
@@ -879,18 +1010,19 @@ def quantize(
       progress: Called after each start and each line.
 
     Returns:
-      The tree for :func:`~lnq.sites.quantized`, never worse on the held-out examples than the best
-      start, and :class:`LAPQInfo`.
+      The tree for :func:`~lnq.sites.quantized`, never worse on the held-out examples than the
+      start, which is the best of those tried on the others; and :class:`LAPQInfo`.
 
     Raises:
       ValueError: If a weight is not finite, a width is out of range, there is no site, ``loss_fn``
-        fails (labels may be missing), or the loss is NaN or the same at every start.
+        fails (labels may be missing), the default ``distance`` does not fit the outputs, ``state``
+        is of another run, or the loss is NaN or the same at every start.
 
     Example:
       >>> w = jax.random.normal(jax.random.key(0), (16, 4))
       >>> x = jax.random.normal(jax.random.key(1), (100, 16))
       >>> qtree, info = quantize(lambda p, x: x @ p["w"], {"w": w}, x, edge_bits=None)
-      >>> bool(info.held_out <= info.state.held_out_losses.min())
+      >>> bool(info.held_out <= info.state.trace[0, 2])
       True
     """
     if method not in get_args(Search):
@@ -910,6 +1042,8 @@ def quantize(
         correct=correct,
         batch_size=batch_size,
     )
+    if state is not None:
+        _check_state(made, state)
     first = begin(made, ps=ps, window=window, progress=progress) if state is None else state
     latest, turns = first, (rough, sweeps) if method != "none" else (0, 0)
     for latest in improve(made, first, *turns, joint=method == "powell", progress=progress):

@@ -28,7 +28,7 @@ from jax.typing import ArrayLike
 
 from lnq.types import Progress
 
-__all__ = ["Loss", "Move", "SearchState", "line_search", "powell", "start", "vertex"]
+__all__ = ["Line", "Loss", "Move", "SearchState", "line_search", "powell", "start", "vertex"]
 
 NARROWEST, WIDEST, FARTHEST = 0.01, 0.8, 1.6
 """Bounds of widths, and how far a line is followed at most; in units of x."""
@@ -46,12 +46,16 @@ class Move(NamedTuple):
     Attributes:
       distance: How far to go along the direction; 0 where nothing better was seen.
       loss: The loss there.
-      evaluations: How many were made, int32.
+      evaluations: How many were made.
     """
 
     distance: jax.Array
     loss: jax.Array
     evaluations: jax.Array
+
+
+Line = Callable[..., Move]
+"""``line(x, at_x, direction, width, *args) -> Move``."""
 
 
 class SearchState(NamedTuple):
@@ -62,7 +66,7 @@ class SearchState(NamedTuple):
       loss: The loss there.
       directions: One in each row, largest entry 1, ``[n, n]``.
       widths: How far along each direction to look first, ``[n]``.
-      evaluations: How often the loss was evaluated.
+      evaluations: How often the loss was evaluated; a part of it counts as that part.
       sweeps: How many sweeps were made.
     """
 
@@ -89,7 +93,7 @@ def start(x: ArrayLike, loss: ArrayLike, widths: ArrayLike = 0.3) -> SearchState
         np.asarray(loss, np.float32),
         np.eye(n, dtype=np.float32),
         np.full(n, widths, np.float32),
-        np.array(0),
+        np.array(0.0),
         np.array(0),
     )
 
@@ -158,7 +162,12 @@ def line_search(
 
 
 def powell(
-    loss: Loss, state: SearchState, *args: Any, joint: bool = True, progress: Progress | None = None
+    loss: Loss,
+    state: SearchState,
+    *args: Any,
+    joint: bool = True,
+    line: Line | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[SearchState]:
     r"""Sweep through the directions, for ever; yields the state after each sweep.
 
@@ -176,6 +185,7 @@ def powell(
       state: From :func:`start`, or yielded before.
       *args: Handed on to ``loss``.
       joint: Whether directions are renewed; without it this is coordinate descent.
+      line: What takes the place of :func:`line_search`, if anything.
       progress: Called after each line.
 
     Example:
@@ -185,14 +195,14 @@ def powell(
       >>> [float(next(states).loss) < bound for bound in (0.5, 1e-4)]
       [True, True]
     """
-    line, at = jax.jit(partial(line_search, loss)), jax.jit(loss)
+    line, at = line or jax.jit(partial(line_search, loss)), jax.jit(loss)
     while True:
         state = _sweep(line, at, state, args, joint, progress)
         yield state
 
 
 def _sweep(
-    line: Callable[..., Move],
+    line: Line,
     at: Callable[..., jax.Array],
     state: SearchState,
     args: tuple[Any, ...],
@@ -201,13 +211,13 @@ def _sweep(
 ) -> SearchState:
     x, loss, n = state.x, state.loss, len(state.x)
     directions, widths = state.directions.copy(), state.widths.copy()
-    evaluations, gains = int(state.evaluations), np.zeros(n)
+    evaluations, gains = float(state.evaluations), np.zeros(n)
 
     def search(direction: np.ndarray, width: float) -> float:
         nonlocal x, loss, evaluations
         move = line(x, loss, direction, width, *args)
         x, loss = x + np.asarray(move.distance) * direction, np.asarray(move.loss)
-        evaluations += int(move.evaluations)
+        evaluations += float(move.evaluations)
         near = np.clip(abs(float(move.distance)), width / 2.0, width * 2.0)
         return float(np.clip(near, NARROWEST, WIDEST))
 
@@ -216,7 +226,7 @@ def _sweep(
         widths[k] = search(directions[k], widths[k])
         gains[k] = before - loss
         if progress:
-            progress(k + 1, n, f"loss {loss:.4g} after {evaluations} evaluations")
+            progress(k + 1, n, f"loss {loss:.4g} after {evaluations:.0f} evaluations")
     moved = x - state.x
     if joint and moved.any():
         beyond, reached = float(at(x + moved, *args)), float(loss)

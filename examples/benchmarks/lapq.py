@@ -9,8 +9,8 @@ said otherwise. WxAy are the widths of weights and data, 32 is float.
 
 * `resnet`: the demo's Fashion-MNIST ResNet at five pairs of widths: no clipping, ACIQ (which has
   a grid for each channel of the weights), p = 2, the best of the starts (p*), and from there
-  coordinate descent and the joint search. Losses on the held-out fifth of 256 calibration images and on those
-  searched on, mean of three draws; accuracy on the 10 000 test images for the first draw.
+  coordinate descent and the joint search. Losses on the held-out fifth of 256 calibration images
+  and on those searched on, mean of three draws; accuracy on the 10 000 test images, first draw.
 * `ablation`: grid, correction of means and search, one by one, and the authors' setting.
 * `scipy`: the same loss from the same start by `scipy.optimize.minimize(method="Powell")`, 512
   images, stopped after four iterations: first moves of 1 (its default) and of 0.1, in logarithms.
@@ -93,7 +93,7 @@ def compare(
             "p": float(state.ps[-1]),
             **judge(made.tree(jnp.asarray(theta))),
         }
-    options = bits(*widths) | {"weight_bits": min(widths[0], 16)}
+    options: Row = bits(*widths) | {"weight_bits": min(widths[0], 16)}
     qtree, _ = aciq.quantize(apply_fn, variables, calib, **options)
     run = jax.jit(lnq.quantized(apply_fn))
     yield {"name": "ACIQ", **aciq_losses(run, qtree, made), "cost": 0.0, **judge(qtree)}
