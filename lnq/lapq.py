@@ -20,9 +20,10 @@ Source: Nahshan et al., `Loss Aware Post-training Quantization
 Differs from the paper and the code in: data is quantized where a product reads it, once for all
 products that read it, not behind each ReLU; clips are searched in logarithms; p is scanned in
 1 .. 5 and the parabola goes through the best and its neighbours; the search starts from the best of
-all that were tried, first on a quarter of the batches; what is returned is the best on examples
-that the search did not use; without labels the loss is the divergence from the float model; the
-first and the last layer have 8 bits (:func:`published` has the paper's choice, and its grid).
+all that were tried, first on a quarter of the batches; what is returned is the best point seen that
+is no worse than the start on examples held out; without labels the loss is the divergence from the
+float model; the first and the last layer have 8 bits (:func:`published` has the paper's choice, and
+its grid).
 """
 
 from collections import OrderedDict
@@ -757,8 +758,10 @@ class LAPQState(NamedTuple):
       sweeps: How many were made, of both.
       cost: Evaluations so far, those on a quarter of the batches counted as that.
       start: Where the search began, ``theta [n]``.
-      best: Of the start and what each sweep found, the best on the examples held out, ``[n]``.
-      held_out: The loss there.
+      best: The best point of the start and what each sweep found, of those that are no worse than
+        the start on the examples held out, ``[n]``.
+      loss: The loss there, on the examples searched on.
+      held_out: The same on those held out.
       ps: Exponents tried, ``[k]``; infinity for no clipping.
       losses: Loss of each on the examples searched on, ``[k]``.
       held_out_losses: The same on those held out.
@@ -770,6 +773,7 @@ class LAPQState(NamedTuple):
     cost: np.ndarray
     start: np.ndarray
     best: np.ndarray
+    loss: np.ndarray
     held_out: np.ndarray
     ps: np.ndarray
     losses: np.ndarray
@@ -835,6 +839,7 @@ def begin(
         cost=np.array(len(tried), np.float32),
         start=thetas[first],
         best=thetas[first],
+        loss=np.array(losses[first], np.float32),
         held_out=np.array(held_out[first], np.float32),
         ps=np.array(tried, np.float32),
         losses=np.array(losses, np.float32),
@@ -918,13 +923,14 @@ def _accepted(
 ) -> LAPQState:
     """The state after one more sweep."""
     here, held_out = (np.asarray(loss(found.x, data)) for data in (made.data, made.held_out))
-    better = held_out < state.held_out
+    better = here < state.loss and held_out <= state.trace[0, 2]
     total = state.cost + np.float32(cost)
     return state._replace(
         search=found,
         sweeps=state.sweeps + 1,
         cost=total,
         best=found.x if better else state.best,
+        loss=here if better else state.loss,
         held_out=held_out if better else state.held_out,
         trace=np.concatenate([state.trace, np.array([[total, here, held_out]], np.float32)]),
     )
@@ -946,7 +952,7 @@ def _info(made: Problem, state: LAPQState) -> LAPQInfo:
             for name, bits, *clips in zip(made.names, made.bits, *values, strict=True)
         ),
         p=float(state.ps[np.argmin(state.losses)]),
-        loss=float(jax.jit(made.loss)(state.best, made.data)),
+        loss=float(state.loss),
         held_out=float(state.held_out),
         cost=float(state.cost),
         state=state,
@@ -1010,8 +1016,8 @@ def quantize(
       progress: Called after each start and each line.
 
     Returns:
-      The tree for :func:`~lnq.sites.quantized`, never worse on the held-out examples than the
-      start, which is the best of those tried on the others; and :class:`LAPQInfo`.
+      The tree for :func:`~lnq.sites.quantized`, never worse than the start, neither on the examples
+      searched on nor on those held out; and :class:`LAPQInfo`.
 
     Raises:
       ValueError: If a weight is not finite, a width is out of range, there is no site, ``loss_fn``

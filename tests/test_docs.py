@@ -87,6 +87,80 @@ def aciq_minilm_rows(results):
             )
 
 
+def part(results, name):
+    """Rows of one part of LAPQ's results; none if it was not measured."""
+    return results.get(name, {"rows": []})["rows"]
+
+
+def percent(row, name):
+    return f"{100 * row[name]:.1f} ± {100 * row['standard_error']:.1f}"
+
+
+def lapq_resnet_rows(results):
+    for row in part(results, "resnet"):
+        if row["name"] == "float":
+            yield f"| | float | | | | {percent(row, 'accuracy')} |"
+        else:
+            yield (
+                f"| {row['widths']} | {row['name']} | {row['held_out']:.4f} | {row['loss']:.4f} | "
+                f"{row['cost']:.0f} | {percent(row, 'accuracy')} |"
+            )
+
+
+def lapq_ablation_rows(results):
+    for row in part(results, "ablation"):
+        yield (
+            f"| {row['widths']} | {row['setting']} | {row['name']} | {row['loss']:.4f} | "
+            f"{row['held_out']:.4f} | {percent(row, 'accuracy')} |"
+        )
+
+
+def lapq_race_rows(results):
+    for model, name in (("ResNet", "scipy"), ("EfficientNet", "efficientnet")):
+        for row in (row for row in part(results, name) if "evaluations" in row):
+            optimiser, over = row["name"], ""
+            if "against" in row:
+                optimiser += f", against {row['against']}"
+                ratios = row["cost_ratio"], row["seconds_ratio"]
+                over = "{:.1f}; {:.1f}".format(*ratios) if all(ratios) else "not reached"
+            yield (
+                f"| {model}, {row['widths']} | {optimiser} | {row['evaluations']:.0f} | "
+                f"{row['seconds']:.0f} | {row['start']:.4f} | {row['loss']:.4f} | {over} |"
+            )
+
+
+def lapq_efficientnet_rows(results):
+    for row in (row for row in part(results, "efficientnet") if "agreement" in row):
+        yield (
+            f"| {row['name']} | {row['loss']:.3f} | {row['held_out']:.3f} | "
+            f"{row['evaluation_kl']:.3f} | {row['cost']:.0f} | {percent(row, 'agreement')} |"
+        )
+
+
+def recommender_rows(results):
+    for row in results["rows"]:
+        cost = f"{row['cost']:.0f}" if "cost" in row else ""
+        rate = "{:.1f} ± {:.1f}".format(*(100 * x for x in row["hit_rate"]))
+        change = "{:+.1f} ± {:.1f}".format(*(100 * x for x in row["change"]))
+        yield (
+            f"| {row['setting']} | {row['name']} | {cost} | {row['calib_loss']:.4f} | "
+            f"{row['held_out_loss']:.4f} | {rate} | {change if row['name'] else ''} | "
+            f"{row['bytes']:,.0f} |"
+        )
+
+
+def landscape_rows(results):
+    for row in part(results, "landscape"):
+        share, interaction = row["interaction_share"], row["interaction"]
+        error = share / interaction * row["interaction_error"] if interaction else 0.0
+        sign = "" if row["curvature_sign"] > 0 else ", negative"
+        yield (
+            f"| {row['bits']} | {row['loss']:.2g} | {row['trace_of_hessian']:.3g} | "
+            f"{row['off_diagonal']:.2f} | {row['largest_coupling']:.2f} | "
+            f"{100 * share:.1f} ± {100 * error:.1f} | {row['log_curvature']:.0f}{sign} |"
+        )
+
+
 @pytest.mark.parametrize(
     ("page", "name", "rows"),
     [
@@ -95,6 +169,12 @@ def aciq_minilm_rows(results):
         ("riq", "rans", rans_rows),
         ("aciq", "aciq", aciq_rows),
         ("aciq", "aciq", aciq_minilm_rows),
+        ("lapq", "lapq", lapq_resnet_rows),
+        ("lapq", "lapq", lapq_ablation_rows),
+        ("lapq", "lapq", lapq_race_rows),
+        ("lapq", "lapq", lapq_efficientnet_rows),
+        ("lapq", "recommender", recommender_rows),
+        ("landscape", "lapq", landscape_rows),
     ],
 )
 def test_tables_show_the_committed_results(page, name, rows):
