@@ -299,7 +299,7 @@ def calibrate(
     sites = find_sites(apply_fn, params, batches[0])
     first = {}
     for site in sites.sites:
-        first.setdefault((site.input, site.stack, site.act_channels), site.name)
+        first.setdefault(_source(site), site.name)
     names = set(first.values())
 
     @jax.jit
@@ -319,8 +319,12 @@ def calibrate(
         if progress:
             progress(done, len(batches), "calibration")
     assert total is not None
-    shared = {s.name: total[first[s.input, s.stack, s.act_channels]] for s in sites.sites}
-    return Calibration(sites, shared)
+    return Calibration(sites, {site.name: total[first[_source(site)]] for site in sites.sites})
+
+
+def _source(site: Site) -> tuple[Any, ...]:
+    """Equal where sites see the same data; of two branches only one may see it."""
+    return site.input, site.stack, site.act_channels, site.name if site.loops else ""
 
 
 @jax.jit

@@ -148,6 +148,7 @@ def lp_clip(stats: ActStats, grid: QParams, p: ArrayLike) -> jax.Array:
       Array([1.5], dtype=float32)
     """
     limit = _limit(stats.low, stats.high)
+    empty = jnp.maximum(-stats.low, stats.high) <= 0.0
 
     def error(log_share: jax.Array) -> jax.Array:
         return calibration.grid_error(stats, clipped(grid, limit * jnp.exp(log_share)), 4, p)
@@ -155,7 +156,8 @@ def lp_clip(stats: ActStats, grid: QParams, p: ArrayLike) -> jax.Array:
     shares = jnp.linspace(jnp.log(0.01), 0.0, 64, dtype=jnp.float32)
     errors = lax.map(lambda share: error(jnp.broadcast_to(share, limit.shape)), shares)
     best, width = shares[jnp.argmin(errors, 0)], shares[1] - shares[0]
-    return limit * jnp.exp(_golden(error, best - width, jnp.minimum(best + width, 0.0)))
+    share = jnp.exp(_golden(error, best - width, jnp.minimum(best + width, 0.0)))
+    return jnp.where(empty, 1.0, limit * share)
 
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -265,7 +267,8 @@ class Problem(NamedTuple):
       bits: Its width, ``[n]``.
       loss: ``loss(theta, data) -> scalar``, pure; jit it.
       start: ``start(p, data) -> theta``, phase 1; likewise.
-      widest: ``theta`` that clips nothing.
+      widest: ``theta`` with every clip at the largest magnitude seen. (The top level of a signed
+        integer grid is a step below.)
       data: What is searched on.
       held_out: What is accepted on: one batch in five, or all if they are fewer.
       sites: Of the model.
@@ -444,9 +447,8 @@ def problem(
     widths = site_widths(found.sites, weight_bits, act_bits, edge_bits, skip)
     if not widths.weights and not widths.acts:
         raise ValueError("apply_fn: no site is to be quantized; find_sites lists what there is")
-    outputs, ranges = _observed(apply_fn, params, pieces)
-
     plan = _plan(found.sites, widths, correct)
+    outputs, ranges = _observed(apply_fn, params, pieces, plan.owner)
     grids, widest = _grids(params, found.sites, plan, widths, ranges, grid, per_channel)
     flat, unravel = ravel_pytree(widest)
     run = sites.quantized(apply_fn)
@@ -454,6 +456,8 @@ def problem(
     def of_batch(qtree: Params, batch: Any, reference: Any) -> jax.Array:
         out = run(qtree, batch)
         found = distance(reference, out) if loss_fn is None else loss_fn(out, batch)
+        if np.shape(found) != ():
+            raise TypeError(f"returns shape {np.shape(found)}; return one number, the mean")
         return jnp.asarray(found, jnp.float32)
 
     def loss(theta: jax.Array, data: Data) -> jax.Array:
@@ -592,7 +596,7 @@ def _grids(
     leaves = dict(tree.named_leaves(params))
     for site in every:
         if (bits := widths.acts.get(site.name)) is not None:
-            low, high = ranges[site.name]
+            low, high = ranges[plan.owner[site.name]]
             shape = low.shape + (1,) * len(site.act.shape)
             found = make(np.broadcast_to(bits, low.shape), signed=low < 0.0)
             levels[_data(site.name)] = _spread(found, shape, shape)
@@ -635,9 +639,14 @@ def _lp_clips(
 
     rounded = plan.fake(data.params, grids, clips)
     _, seen = sites.tap(apply_fn, calibration.POOLED, None, through)(rounded, batch)
-    for site, stats in seen.items():
-        if _data(site) in clips:
-            clips[_data(site)] = _clip_of(stats, grids[_data(site)], p)
+    merged: dict[str, ActStats] = {}
+    for site, owner in plan.owner.items():
+        found = merged.get(owner)
+        merged[owner] = seen[site] if found is None else calibration.merge(found, seen[site])
+    of_data = {
+        _data(site): _clip_of(stats, grids[_data(site)], p) for site, stats in merged.items()
+    }
+    clips.update(of_data)
     return clips
 
 
@@ -650,14 +659,21 @@ def _clip_of(stats: ActStats, grid: QParams, p: ArrayLike) -> jax.Array:
 
 
 def _observed(
-    apply_fn: ApplyFn, params: Params, pieces: Sequence[Any]
+    apply_fn: ApplyFn, params: Params, pieces: Sequence[Any], owner: Mapping[str, str]
 ) -> tuple[list[Any], dict[str, tuple[jax.Array, jax.Array]]]:
-    """Outputs of the float model, and the range of the data at each site."""
+    """Outputs of the float model, and by owner of a clip the range of its data.
+
+    Sites in two branches share an owner, and either may see no data.
+    """
     observe = jax.jit(sites.tap(apply_fn, RANGES))
     seen = [observe(params, piece) for piece in pieces]
     merge = jax.jit(lambda *ranges: jax.tree.map(lambda *a: jnp.stack(a), *ranges))
     stacked = merge(*[ranges for _, ranges in seen])
-    ranges = {name: (low.min(0), high.max(0)) for name, (low, high) in stacked.items()}
+    ranges: dict[str, tuple[jax.Array, jax.Array]] = {}
+    for site, name in owner.items():
+        low, high = stacked[site]
+        before = ranges.get(name, (jnp.inf, -jnp.inf))
+        ranges[name] = jnp.minimum(before[0], low.min(0)), jnp.maximum(before[1], high.max(0))
     return [out for out, _ in seen], ranges
 
 
@@ -686,7 +702,12 @@ def _cut(batch: Any, size: int, least: int) -> list[Any]:
     parts = min(examples, max(least, ceil(examples / size)))
     order = np.random.default_rng(0).permutation(examples)
     chosen = order[: examples // parts * parts].reshape(parts, -1)
-    return [jax.tree.map(lambda a, part=part: np.asarray(a)[part], batch) for part in chosen]
+    return [jax.tree.map(lambda a, part=part: _array(a)[part], batch) for part in chosen]
+
+
+def _array(a: Any) -> Any:
+    """As it is on a device (a PRNG key is nothing else), or in NumPy."""
+    return a if isinstance(a, jax.Array) else np.asarray(a)
 
 
 def _stacked(pieces: Sequence[Any]) -> list[Any]:
@@ -694,7 +715,7 @@ def _stacked(pieces: Sequence[Any]) -> list[Any]:
     groups: dict[Any, list[Any]] = {}
     for piece in pieces:
         leaves, structure = jax.tree.flatten(piece)
-        shapes = tuple((np.shape(a), np.asarray(a).dtype) for a in leaves)
+        shapes = tuple((np.shape(a), _array(a).dtype) for a in leaves)
         groups.setdefault((structure, shapes), []).append(piece)
     stack = jax.jit(lambda group: jax.tree.map(lambda *a: jnp.stack(a), *group))
     return [stack(group) for group in groups.values()]
@@ -718,15 +739,13 @@ def _check_softmax(outputs: Any) -> None:
 
 def _check_loss(loss: Callable[..., jax.Array], theta: jax.Array, data: Data) -> None:
     try:
-        out = jax.eval_shape(loss, theta, data)
+        jax.eval_shape(loss, theta, data)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         shapes = jax.tree.map(np.shape, data.batches[0])
         raise ValueError(
             "loss_fn: fails on the outputs and a batch of calib, whose shapes are "
             f"{shapes} with the batches first; if it needs labels, calib must hold them: {error}"
         ) from error
-    if out.shape != ():
-        raise ValueError(f"loss_fn: returns shape {out.shape}; return one number, the mean")
 
 
 # The three phases.
@@ -812,6 +831,8 @@ def begin(
 
     Arguments and errors are those of :func:`quantize`.
     """
+    if not len(ps):
+        raise ValueError("ps: give at least one exponent")
     start, loss = jax.jit(made.start), jax.jit(made.loss)
     tried = [np.inf, *map(float, ps)]
     thetas, losses, held_out = [], [], []

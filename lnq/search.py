@@ -8,8 +8,8 @@ decide. Along a direction d, from x, with a width h:
 2. evaluate at the vertex of the parabola through the lowest point and its neighbours;
 3. move to the lowest point seen, and let its distance, within a factor of two, be the next h.
 
-That is four or five evaluations, all in one compiled call. Brent's method, in SciPy's Powell, takes
-13 to 30, most of them for digits that the jumps do not have.
+That is three to five evaluations, all in one compiled call. Brent's method, in SciPy's Powell,
+takes 13 to 30, most of them for digits that the jumps do not have.
 
 :func:`powell` goes through a set of directions in this way and renews the set as SciPy does; with
 the axes alone it is coordinate descent. It yields after each sweep, and what it yields is all that
@@ -31,10 +31,10 @@ from lnq.types import Progress
 __all__ = ["Line", "Loss", "Move", "SearchState", "line_search", "powell", "start", "vertex"]
 
 NARROWEST, WIDEST, FARTHEST = 0.01, 0.8, 1.6
-"""Bounds of widths, and how far a line is followed at most; in units of x."""
+"""Bounds of widths, and from how far on a line is not followed further; in units of x."""
 
 POINTS = 9
-"""Points that a line search can hold; doubling from ``NARROWEST`` to ``FARTHEST`` needs fewer."""
+"""Points that a line search can hold; steps that double from ``NARROWEST`` get to 1.27."""
 
 Loss = Callable[..., jax.Array]
 """``loss(x, *args) -> scalar``; NaN counts as infinity."""

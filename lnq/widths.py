@@ -1,7 +1,7 @@
 """Which widths the weights and the data at each site get, from what a user asks for by name."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -65,7 +65,9 @@ def site_widths(
 
 
 def _asked(bits: int | Select | None, name: str) -> int | None:
-    width = bits if bits is None or isinstance(bits, int) else tree.lookup(bits, name, 4)
+    width: Any = bits
+    if isinstance(bits, str | Mapping) or callable(bits):
+        width = tree.lookup(bits, name, 4)
     if width is not None and width not in range(1, 17):
         raise ValueError(f"bits: {name!r} has {width!r}, not a number from 1 to 16 (None is float)")
-    return width
+    return None if width is None else int(width)

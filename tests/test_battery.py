@@ -27,6 +27,16 @@ METHODS = {  # (apply_fn, params, calib, strength) -> qtree; more strength is a 
     "aciq.quantize": lambda f, p, x, strength: lnq.aciq.quantize(
         f, p, x, weight_bits=3 + 2 * strength, edge_bits=None
     )[0],
+    "lapq.quantize": lambda f, p, x, strength: lnq.lapq.quantize(
+        f,
+        p,
+        x[:4],  # too few to hold any out: the loss compiles once
+        weight_bits=3 + 2 * strength,
+        act_bits=None,
+        edge_bits=None,
+        ps=(2.0,),
+        method="none",
+    )[0],
 }
 JITTABLE = ("riq.quantize", "aciq.quantize_weights")
 

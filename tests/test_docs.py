@@ -118,14 +118,22 @@ def lapq_ablation_rows(results):
 def lapq_race_rows(results):
     for model, name in (("ResNet", "scipy"), ("EfficientNet", "efficientnet")):
         for row in (row for row in part(results, name) if "evaluations" in row):
-            optimiser, over = row["name"], ""
-            if "against" in row:
-                optimiser += f", against {row['against']}"
+            over = ""
+            if "cost_ratio" in row:
                 ratios = row["cost_ratio"], row["seconds_ratio"]
                 over = "{:.1f}; {:.1f}".format(*ratios) if all(ratios) else "not reached"
             yield (
-                f"| {model}, {row['widths']} | {optimiser} | {row['evaluations']:.0f} | "
+                f"| {model}, {row['widths']} | {row['name']} | {row['evaluations']:.0f} | "
                 f"{row['seconds']:.0f} | {row['start']:.4f} | {row['loss']:.4f} | {over} |"
+            )
+
+
+def lapq_modes_rows(results):
+    for row in part(results, "modes"):
+        if "cost" in row:
+            yield (
+                f"| {row['name']} | {row['cost']:.0f} | {row['seconds']:.0f} | "
+                f"{row['loss']:.4f} | {row['held_out']:.4f} |"
             )
 
 
@@ -172,6 +180,7 @@ def landscape_rows(results):
         ("lapq", "lapq", lapq_resnet_rows),
         ("lapq", "lapq", lapq_ablation_rows),
         ("lapq", "lapq", lapq_race_rows),
+        ("lapq", "lapq", lapq_modes_rows),
         ("lapq", "lapq", lapq_efficientnet_rows),
         ("lapq", "recommender", recommender_rows),
         ("landscape", "lapq", landscape_rows),

@@ -320,3 +320,70 @@ def test_dequantize_touches_quantized_leaves_only():
     assert tree["bias"] is bias
     assert (tree["steps"], tree["name"], tree["no"]) == (3, "x", None)
     np.testing.assert_array_equal(tree["kernel"], [0.5, 1.0])
+
+
+# Means and norms.
+
+
+def rounded_weights(seed=3, axes=(0, 1)):
+    """Channels (last axis) of different means and spreads, and what 3 bits make of them."""
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.gamma(0.5, size=(5, 4, 3)) * [0.1, 1.0, 4.0] - [0.3, 0.0, 2.0], jnp.float32)
+    scale = np.abs(x).max(axes, keepdims=True) / 4
+    return x, quantizer.quantize(x, make_qparams(scale, qmin=-4, qmax=3))
+
+
+def moments(x, axes=(0, 1)):
+    x = np.asarray(x, np.float64)
+    mean = x.mean(axes, keepdims=True)
+    return mean, np.linalg.norm((x - mean).reshape(-1, x.shape[-1]), axis=0)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_matched_moments_are_those_of_the_original(norm):
+    x, leaf = rounded_weights()
+    rounded = quantizer.dequantize(leaf)
+    factor, mean_rounded, mean = quantizer.match_moments(x, rounded, (0, 1), norm=norm)
+    assert factor.shape == mean_rounded.shape == mean.shape == (1, 1, 3)
+    fixed = factor * (rounded - mean_rounded) + mean
+    codes = quantizer.correct_bias(x, leaf, (0, 1), norm=norm)
+    np.testing.assert_array_equal(codes.codes, leaf.codes)
+    np.testing.assert_allclose(quantizer.dequantize(codes), fixed, atol=2e-6)
+    for found in (fixed, quantizer.dequantize(codes)):
+        np.testing.assert_allclose(moments(found)[0], moments(x)[0], atol=1e-6)
+        kept = x if norm else rounded
+        np.testing.assert_allclose(moments(found)[1], moments(kept)[1], rtol=1e-5)
+    again = quantizer.correct_bias(x, codes, (0, 1), norm=norm)
+    np.testing.assert_allclose(again.qparams.scale, codes.qparams.scale, rtol=1e-6)
+    np.testing.assert_allclose(again.qparams.zero_point, codes.qparams.zero_point, atol=1e-5)
+
+
+def test_where_the_mean_has_not_moved_nothing_is_corrected():
+    x = jnp.array([[-1.25, 0.5], [1.25, -0.25], [0.5, 0.25], [-0.5, -0.5]])  # symmetric columns
+    leaf = quantizer.quantize(x, make_qparams([[0.5]], qmin=-4, qmax=3))
+    np.testing.assert_array_equal(quantizer.dequantize(leaf).mean(0), x.mean(0))
+    corrected = quantizer.correct_bias(x, leaf, (0,), norm=False)
+    np.testing.assert_array_equal(quantizer.dequantize(corrected), quantizer.dequantize(leaf))
+
+
+def test_a_channel_that_is_constant_or_rounded_to_one_level_has_its_mean_and_no_factor():
+    x = jnp.array([[3.0, 0.1, 0.0], [3.0, -0.2, 0.0]])
+    leaf = quantizer.quantize(x, make_qparams([[2.0]], qmin=-4, qmax=3))
+    factor, _, mean = quantizer.match_moments(x, quantizer.dequantize(leaf), (0,))
+    np.testing.assert_array_equal(factor, [[1, 1, 1]])
+    np.testing.assert_allclose(mean, [[3.0, -0.05, 0.0]], rtol=1e-6)
+    found = quantizer.dequantize(quantizer.correct_bias(x, leaf, (0,)))
+    np.testing.assert_allclose(found, [[3.0, -0.05, 0.0]] * 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float_values_without_a_grid_stay_what_they_are(dtype):
+    x, qparams = layer(0)
+    leaf = FakeQuantTensor(x.astype(dtype), None, acts=(qparams,), dtype=jnp.dtype(dtype))
+    np.testing.assert_array_equal(quantizer.dequantize({"w": leaf})["w"], x.astype(dtype))
+    assert quantizer.is_quantized(leaf)
+    assert leaf.shape == x.shape
+    np.testing.assert_array_equal(
+        jax.grad(lambda leaf: quantizer.dequantize(leaf).sum())(leaf).values,
+        jnp.ones_like(leaf.values),
+    )

@@ -971,3 +971,70 @@ def test_a_leaf_in_the_condition_of_a_loop_is_listed():
     found = find_sites(apply_fn, params, jnp.ones((2, 4)))
     assert [site.name for site in found.sites] == ["w"]
     assert ("gate", "condition of a loop") in {(use.path, use.reason) for use in found.others}
+
+
+# What a product reads in place of the data.
+
+
+def halves(x):
+    """Rounded to multiples of one half."""
+    return jnp.round(2.0 * x) / 2.0
+
+
+def test_later_sites_see_what_becomes_of_the_data():
+    params = {"a": array((6, 5), 1), "b": array((5, 4), 2)}
+
+    def model(p, x):
+        return jnp.tanh(x @ p["a"]) @ p["b"]
+
+    largest = Stat(lambda x, site: jnp.abs(x).max())
+
+    def through(x, grid, statistic):
+        assert grid is None
+        return halves(x) / statistic
+
+    out, seen = tap(model, largest, None, through)(params, ROWS)
+    top = jnp.abs(ROWS).max()
+    hidden = jnp.tanh((halves(ROWS) / top) @ params["a"])
+    assert distance(seen, {"a": top, "b": jnp.abs(hidden).max()}) < 1e-6
+    assert distance(out, (halves(hidden) / jnp.abs(hidden).max()) @ params["b"]) < 1e-6
+    out, seen = tap(model, largest, lambda site: site.path == "b", through)(params, ROWS)
+    hidden = jnp.tanh(ROWS @ params["a"])
+    assert set(seen) == {"b"}
+    assert distance(out, (halves(hidden) / jnp.abs(hidden).max()) @ params["b"]) < 1e-6
+
+
+def test_in_a_scan_each_layer_is_given_its_own_grid():
+    ws = array((3, 6, 6), 4, spread=0.4)
+    scales = np.array([0.25, 0.5, 1.0]).reshape(3, 1, 1)
+    grid = make_qparams(scales, qmin=-8, qmax=7)
+    leaf = FakeQuantTensor(ws, None, (grid,))
+
+    def through(x, grid, statistic):
+        assert grid.scale.shape == (1, 1)
+        return jnp.clip(jnp.round(x / grid.scale), -8, 7) * grid.scale
+
+    largest = Stat(lambda x, site: jnp.abs(x).max())
+    out, seen = tap(scanned, largest, None, through)(leaf, ROWS)
+    x, expected = ROWS, []
+    for w, scale in zip(ws, scales.ravel(), strict=True):
+        expected.append(float(jnp.abs(x).max()))
+        x = jnp.float32(np.clip(np.round(x / scale), -8, 7) * scale) @ w
+    assert distance(seen[""], np.array(expected)) < 1e-6
+    assert distance(out, x) < 1e-6
+    assert distance(quantized(scanned)(leaf, ROWS), x) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float_leaves_with_grids_for_their_data_round_the_data_alone(dtype):
+    w, grid = array((6, 5), 1).astype(dtype), make_qparams([[0.25]], qmin=-8, qmax=7)
+    x = ROWS.astype(dtype)
+    leaf = FakeQuantTensor(w, None, (grid,), w.dtype)
+    rounded = jnp.clip(jnp.round(x.astype(jnp.float32) / 0.25), -8, 7) * 0.25
+    run = quantized(lambda w, x: x @ w)
+    np.testing.assert_array_equal(jax.jit(run)(leaf, x), rounded.astype(dtype) @ w)
+    grad = jax.grad(lambda leaf: run(leaf, x).astype(jnp.float32).sum())(leaf)
+    assert (
+        distance(grad.values, rounded.astype(jnp.float32).sum(0)[:, None] * np.ones((1, 5))) < 1e-2
+    )
+    assert float(jnp.abs(grad.acts[0].scale).max()) > 0.0
