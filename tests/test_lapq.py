@@ -594,7 +594,6 @@ def test_each_clip_is_for_what_the_quantized_layers_before_it_make():
         _, errors, tried = by_scan(values, 2, 3.0, kind)
         assert np.interp(clips[name], tried, errors) <= 1.05 * errors.min(), name
     of_floats, *_ = by_scan(np.maximum(x @ a, 0.0), 2, 3.0, "one-sided")
-    print(clips["data of b"], by_scan(hidden, 2, 3.0, "one-sided")[0], of_floats)
     assert abs(clips["data of b"] / of_floats - 1.0) > 0.1
     found = float(jax.jit(made.loss)(theta, made.data))
     assert found == pytest.approx(deviation(pair, PAIR, made.tree(theta), SMALL[:4]), rel=1e-4)
