@@ -260,7 +260,8 @@ def test_clips_scale_with_the_data():
     x = jnp.asarray(SKEWED[:, :1], jnp.float32)
     stats = calibration.observe(jnp.concatenate([x, 0.25 * x, -3.7 * x], 1), (1,))
     one, quarter, more = np.asarray(lp_clips(stats, grids, jnp.array(PS))).T
-    np.testing.assert_allclose(quarter, 0.25 * one, rtol=1e-5)
+    # Golden sections stop at an interval of 2 * 0.073 * 0.618 ** 16.
+    np.testing.assert_allclose(quarter, 0.25 * one, rtol=7e-5)
     np.testing.assert_allclose(more, 3.7 * one, rtol=0.02)  # other bins
 
 
