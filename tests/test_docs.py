@@ -131,10 +131,8 @@ def lapq_race_rows(results):
 def lapq_modes_rows(results):
     for row in part(results, "modes"):
         if "cost" in row:
-            yield (
-                f"| {row['name']} | {row['cost']:.0f} | {row['seconds']:.0f} | "
-                f"{row['loss']:.4f} | {row['held_out']:.4f} |"
-            )
+            losses = ", ".join(f"{cost:.0f}: {loss:.3f}" for cost, loss in row["trace"])
+            yield f"| {row['name']} | {losses} | {row['held_out']:.3f} | {row['seconds']:.0f} |"
 
 
 def lapq_efficientnet_rows(results):

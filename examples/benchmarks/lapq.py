@@ -249,6 +249,7 @@ def modes(args: argparse.Namespace) -> Iterator[Row]:
             "seconds": time.perf_counter() - begun,
             "loss": float(last.trace[-1, 1]),
             "held_out": float(last.trace[-1, 2]),
+            "trace": (last.trace[1:, :2] - [float(state.cost), 0.0]).tolist(),
         }
     plain, both = jax.jit(made.loss), jax.jit(jax.value_and_grad(made.loss))
     yield {
