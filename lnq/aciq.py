@@ -409,6 +409,10 @@ def quantize(
     _check_sites(found, originals, strict)
     plan = site_widths(found.sites.sites, weight_bits, act_bits, edge_bits, skip)
 
+    floats = {site.path for site in found.sites.sites if site.name in plan.acts} - set(plan.weights)
+    if floats:
+        raise ValueError(f"weight_bits: None for {sorted(floats)}; name them in `skip`")
+
     options = {"clip": weight_clip, "allocate": allocate, "correct": correct}
     acts = {
         site.name: _act(site, found.stats[site.name], bits, per_channel, act_clip, allocate)

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, prod
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,7 @@ __all__ = [
     "Grid",
     "LAPQInfo",
     "LAPQState",
+    "Options",
     "Problem",
     "begin",
     "best_p",
@@ -327,28 +328,12 @@ class _Plan:
                 return w
             name = _weights(path)
             if name in grids:
-                w = self.rounded(path, w, clipped(grids[name], clips[name]))
+                grid = clipped(grids[name], clips[name])
+                w = _rounded(w, grid, self.summed(path), self.correct)
             acts = self.acts(path, grids, clips)
             return FakeQuantTensor(w, None, acts, w.dtype) if acts else w
 
         return tree.map_named(leaf, params)
-
-    def rounded(self, path: str, w: jax.Array, grid: QParams) -> jax.Array:
-        x = distortion.wide(w)
-        out = fake_quant(x, grid)
-        if self.correct != "none":
-            factor, mean_out, mean = quantizer.match_moments(
-                x, out, self.summed(path), norm=self.correct == "norm"
-            )
-            out = factor * (out - mean_out) + mean
-        return out.astype(w.dtype)
-
-    def codes(self, path: str, w: jax.Array, grid: QParams) -> QTensor:
-        q = quantizer.quantize(distortion.wide(w), grid, jnp.int32)
-        if self.correct != "none":
-            x = distortion.wide(w)
-            q = quantizer.correct_bias(x, q, self.summed(path), norm=self.correct == "norm")
-        return replace(q, dtype=w.dtype)
 
     def hard(self, params: Params, grids: Mapping[str, QParams], clips: Clips) -> Params:
         """The tree in integers."""
@@ -364,9 +349,31 @@ class _Plan:
             if name not in grids:
                 return FakeQuantTensor(w, None, acts, w.dtype)
             grid = clipped(grids[name], clips[name])
-            return replace(quantizer.narrow(jax.jit(partial(self.codes, path))(w, grid)), acts=acts)
+            q = _codes(w, grid, axes=self.summed(path), correct=self.correct)
+            return replace(quantizer.narrow(q), acts=acts)
 
         return tree.map_named(leaf, params)
+
+
+def _rounded(w: jax.Array, grid: QParams, axes: tuple[int, ...], correct: Correct) -> jax.Array:
+    """Weights as floats on their grid, corrected."""
+    x = distortion.wide(w)
+    out = fake_quant(x, grid)
+    if correct != "none":
+        norm = correct == "norm"
+        factor, mean_out, mean = quantizer.match_moments(x, out, axes, norm=norm)
+        out = factor * (out - mean_out) + mean
+    return out.astype(w.dtype)
+
+
+@partial(jax.jit, static_argnames=("axes", "correct"))
+def _codes(w: jax.Array, grid: QParams, *, axes: tuple[int, ...], correct: Correct) -> QTensor:
+    """The same as codes."""
+    x = distortion.wide(w)
+    q = quantizer.quantize(x, grid, jnp.int32)
+    if correct != "none":
+        q = quantizer.correct_bias(x, q, axes, norm=correct == "norm")
+    return replace(q, dtype=w.dtype)
 
 
 def _integer_dtype(site: Site, act: QParams) -> Any:
@@ -411,6 +418,21 @@ def published(
     }
 
 
+class Options(TypedDict, total=False):
+    """Options of :func:`problem`, which :func:`quantize` hands on."""
+
+    loss_fn: LossFn | None
+    distance: Distance
+    weight_bits: int | Select | None
+    act_bits: int | Select | None
+    edge_bits: int | None
+    skip: Select | None
+    grid: Grid
+    per_channel: bool
+    correct: Correct
+    batch_size: int
+
+
 def problem(
     apply_fn: ApplyFn,
     params: Params,
@@ -429,7 +451,30 @@ def problem(
 ) -> Problem:
     """The loss of a model as a function of its clips, for a search, a plot or SciPy.
 
-    Arguments and errors are those of :func:`quantize`.
+    Args:
+      apply_fn: ``apply_fn(params, batch) -> outputs``.
+      params: Its parameters.
+      calib: Examples, a few hundred; with labels if ``loss_fn`` needs them. An array, dict or tuple
+        is one pytree of examples and is shuffled, a list holds batches.
+      loss_fn: ``loss_fn(outputs, batch) -> scalar``, the mean over the batch. Without it, labels
+        are not needed: the loss is ``distance``.
+      distance: ``distance(outputs of the float model, outputs)``, by default the divergence of
+        their softmax; for embeddings, say, :func:`~lnq.distortion.mse`.
+      weight_bits: Width of the weights at sites, 1 to 16: a number, a mapping from regular
+        expressions on leaf names to numbers, or a function of the name; None is float. Leaves that
+        are no factor of a product (an embedding) stay as they are.
+      act_bits: Width of the data at the sites of a leaf, likewise.
+      edge_bits: Least width at the first and the last site; None for no exception.
+      skip: Leaves that stay float, with the data at their sites.
+      grid: Levels of the weights, see :data:`Grid`.
+      per_channel: Whether each channel of the weights has a clip (the paper has one for a tensor).
+        Far more clips than a search of the loss can move: use it with ``method="none"``.
+      correct: What rounding must not change, see :data:`Correct`; in force in every evaluation.
+      batch_size: Examples in one call of the model.
+
+    Raises:
+      ValueError: If a weight is not finite, a width is out of range, there is no site, ``loss_fn``
+        fails (labels may be missing), or the default ``distance`` does not fit the outputs.
 
     Example:
       >>> w = jax.random.normal(jax.random.key(0), (16, 4))
@@ -592,13 +637,12 @@ def _grids(
     """Levels of all grids, and the clips at which nothing is clipped."""
     levels: dict[str, QParams] = {}
     widest: Clips = OrderedDict()
-    make = jax.jit(make_grid, static_argnames="even")
     leaves = dict(tree.named_leaves(params))
     for site in every:
         if (bits := widths.acts.get(site.name)) is not None:
             low, high = ranges[plan.owner[site.name]]
             shape = low.shape + (1,) * len(site.act.shape)
-            found = make(np.broadcast_to(bits, low.shape), signed=low < 0.0)
+            found = _make_grid(np.broadcast_to(bits, low.shape), signed=low < 0.0)
             levels[_data(site.name)] = _spread(found, shape, shape)
             if plan.owner[site.name] == site.name:
                 widest[_data(site.name)] = _limit(low, high).reshape(shape)
@@ -608,10 +652,13 @@ def _grids(
             kept = [i in site.sliced or (per_channel and i not in summed) for i in range(w.ndim)]
             shape = tuple(n if keep else 1 for n, keep in zip(w.shape, kept, strict=True))
             layers = tuple(n if i in site.sliced else 1 for i, n in enumerate(w.shape))
-            levels[name] = _spread(make(bits, even=grid == "even"), layers, shape)
+            levels[name] = _spread(_make_grid(bits, even=grid == "even"), layers, shape)
             rest = tuple(i for i, keep in enumerate(kept) if not keep)
             widest[name] = _limit(w.min(rest, keepdims=True), w.max(rest, keepdims=True))
     return levels, widest
+
+
+_make_grid = jax.jit(make_grid, static_argnames="even")
 
 
 def _spread(grid: QParams, layers: tuple[int, ...], shape: tuple[int, ...]) -> QParams:
@@ -667,8 +714,7 @@ def _observed(
     """
     observe = jax.jit(sites.tap(apply_fn, RANGES))
     seen = [observe(params, piece) for piece in pieces]
-    merge = jax.jit(lambda *ranges: jax.tree.map(lambda *a: jnp.stack(a), *ranges))
-    stacked = merge(*[ranges for _, ranges in seen])
+    stacked = _stack([ranges for _, ranges in seen])
     ranges: dict[str, tuple[jax.Array, jax.Array]] = {}
     for site, name in owner.items():
         low, high = stacked[site]
@@ -717,8 +763,12 @@ def _stacked(pieces: Sequence[Any]) -> list[Any]:
         leaves, structure = jax.tree.flatten(piece)
         shapes = tuple((np.shape(a), _array(a).dtype) for a in leaves)
         groups.setdefault((structure, shapes), []).append(piece)
-    stack = jax.jit(lambda group: jax.tree.map(lambda *a: jnp.stack(a), *group))
-    return [stack(group) for group in groups.values()]
+    return [_stack(group) for group in groups.values()]
+
+
+@jax.jit
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *a: jnp.stack(a), *trees)
 
 
 def _names(clips: Clips) -> tuple[str, ...]:
@@ -985,24 +1035,15 @@ def quantize(
     params: Params,
     calib: Any,
     *,
-    loss_fn: LossFn | None = None,
-    distance: Distance = distortion.kl,
-    weight_bits: int | Select | None = 4,
-    act_bits: int | Select | None = 4,
-    edge_bits: int | None = 8,
-    skip: Select | None = None,
-    grid: Grid = "integer",
-    per_channel: bool = False,
-    correct: Correct = "mean",
     ps: Sequence[float] = EXPONENTS,
     window: int | None = 5,
     method: Search = "powell",
     rough: int = 2,
     sweeps: int = 2,
-    batch_size: int = 128,
     state: LAPQState | None = None,
     on_sweep: Callable[[LAPQState], None] | None = None,
     progress: Progress | None = None,
+    **options: Unpack[Options],
 ) -> tuple[Params, LAPQInfo]:
     """Quantize weights and data of a model with clips that minimise its loss.
 
@@ -1011,30 +1052,16 @@ def quantize(
       params: Its parameters.
       calib: Examples, a few hundred; with labels if ``loss_fn`` needs them. An array, dict or tuple
         is one pytree of examples and is shuffled, a list holds batches.
-      loss_fn: ``loss_fn(outputs, batch) -> scalar``, the mean over the batch. Without it, labels
-        are not needed: the loss is ``distance``.
-      distance: ``distance(outputs of the float model, outputs)``, by default the divergence of
-        their softmax; for embeddings, say, :func:`~lnq.distortion.mse`.
-      weight_bits: Width of the weights at sites, 1 to 16: a number, a mapping from regular
-        expressions on leaf names to numbers, or a function of the name; None is float. Leaves that
-        are no factor of a product (an embedding) stay as they are.
-      act_bits: Width of the data at the sites of a leaf, likewise.
-      edge_bits: Least width at the first and the last site; None for no exception.
-      skip: Leaves that stay float, with the data at their sites.
-      grid: Levels of the weights, see :data:`Grid`.
-      per_channel: Whether each channel of the weights has a clip (the paper has one for a tensor).
-        Far more clips than a search of the loss can move: use it with ``method="none"``.
-      correct: What rounding must not change, see :data:`Correct`; in force in every evaluation.
       ps: Exponents of phase 1 to try, ascending.
       window: How many of them the parabola goes through; None for all.
       method: How phase 3 searches: ``powell``, ``coordinate``, or ``none``.
       rough: Sweeps on a quarter of the batches, before the others: far moves need no fine loss.
       sweeps: Sweeps on all batches; the paper's code makes 1 or 2, and no rough ones.
-      batch_size: Examples in one call of the model.
       state: Of an earlier run with the same arguments: its sweeps count, and phases 1 and 2 are not
         repeated.
       on_sweep: Called with the state after each sweep, to save it.
       progress: Called after each start and each line.
+      **options: Those of :func:`problem`: what the loss is, and which widths and grids.
 
     Returns:
       The tree for :func:`~lnq.sites.quantized`, never worse than the start, neither on the examples
@@ -1054,21 +1081,7 @@ def quantize(
     """
     if method not in get_args(Search):
         raise ValueError(f"method: must be one of {', '.join(get_args(Search))}, not {method!r}")
-    made = problem(
-        apply_fn,
-        params,
-        calib,
-        loss_fn=loss_fn,
-        distance=distance,
-        weight_bits=weight_bits,
-        act_bits=act_bits,
-        edge_bits=edge_bits,
-        skip=skip,
-        grid=grid,
-        per_channel=per_channel,
-        correct=correct,
-        batch_size=batch_size,
-    )
+    made = problem(apply_fn, params, calib, **options)
     if state is not None:
         _check_state(made, state)
     first = begin(made, ps=ps, window=window, progress=progress) if state is None else state

@@ -9,7 +9,7 @@ decide. Along a direction d, from x, with a width h:
 3. move to the lowest point seen, and let its distance, within a factor of two, be the next h.
 
 That is three to five evaluations, all in one compiled call. Brent's method, in SciPy's Powell,
-takes 13 to 30, most of them for digits that the jumps do not have.
+takes about 30, most of them for digits that the jumps do not have.
 
 :func:`powell` goes through a set of directions in this way and renews the set as SciPy does; with
 the axes alone it is coordinate descent. It yields after each sweep, and what it yields is all that

@@ -428,3 +428,11 @@ def test_quantize_rounds_to_the_nearest_code_of_the_grid():
     q = aciq.quantize_array(w, 4, clip="laplace", correct="none")
     np.testing.assert_array_equal(q.codes, oracles.quantize(w, q.qparams))
     np.testing.assert_array_equal(quantize(w, q.qparams, jnp.int16).codes, q.codes)
+
+
+def test_a_leaf_with_float_weights_must_be_skipped_by_name():
+    params = {"a": jnp.eye(4), "b": jnp.eye(4)}
+    with pytest.raises(ValueError, match=r"weight_bits: None for \['b'\]; name them in `skip`"):
+        aciq.quantize(
+            lambda p, x: x @ p["a"] @ p["b"], params, jnp.ones((3, 4)), weight_bits={"b": None}
+        )
