@@ -118,14 +118,14 @@ def make_grid(bits: ArrayLike, *, signed: ArrayLike = True, even: bool = False) 
 
 
 def clipped(grid: QParams, clip: ArrayLike) -> QParams:
-    """The grid with the step at which its largest magnitude is ``clip``.
+    """The grid with the step at which its largest magnitude is ``clip`` times ``grid.scale``.
 
     Args:
-      grid: Its levels.
+      grid: Its levels; its scale is 1, or the reach of each channel relative to the others.
       clip: Value units; positive, below 1e-30 it counts as that.
     """
     levels = jnp.maximum(grid.zero_point - grid.qmin, grid.qmax - grid.zero_point)
-    return replace(grid, scale=jnp.maximum(clip, TINY) / levels)
+    return replace(grid, scale=grid.scale * jnp.maximum(clip, TINY) / levels)
 
 
 def lp_clip(stats: ActStats, grid: QParams, p: ArrayLike) -> jax.Array:
@@ -467,8 +467,8 @@ def problem(
       edge_bits: Least width at the first and the last site; None for no exception.
       skip: Leaves that stay float, with the data at their sites.
       grid: Levels of the weights, see :data:`Grid`.
-      per_channel: Whether each channel of the weights has a clip (the paper has one for a tensor).
-        Far more clips than a search of the loss can move: use it with ``method="none"``.
+      per_channel: Whether each channel of the weights has a step of its own (the paper has one for
+        a tensor): all clip the same share of their largest magnitude, and that share is searched.
       correct: What rounding must not change, see :data:`Correct`; in force in every evaluation.
       batch_size: Examples in one call of the model.
 
@@ -643,31 +643,31 @@ def _grids(
             low, high = ranges[plan.owner[site.name]]
             shape = low.shape + (1,) * len(site.act.shape)
             found = _make_grid(np.broadcast_to(bits, low.shape), signed=low < 0.0)
-            levels[_data(site.name)] = _spread(found, shape, shape)
+            levels[_data(site.name)] = _spread(found, shape)
             if plan.owner[site.name] == site.name:
                 widest[_data(site.name)] = _limit(low, high).reshape(shape)
         name = _weights(site.path)
         if (bits := widths.weights.get(site.path)) is not None and name not in levels:
-            w, summed = leaves[site.path], plan.summed(site.path)
-            kept = [i in site.sliced or (per_channel and i not in summed) for i in range(w.ndim)]
-            shape = tuple(n if keep else 1 for n, keep in zip(w.shape, kept, strict=True))
-            layers = tuple(n if i in site.sliced else 1 for i, n in enumerate(w.shape))
-            levels[name] = _spread(_make_grid(bits, even=grid == "even"), layers, shape)
-            rest = tuple(i for i, keep in enumerate(kept) if not keep)
-            widest[name] = _limit(w.min(rest, keepdims=True), w.max(rest, keepdims=True))
+            w = leaves[site.path]
+            layer = tuple(i for i in range(w.ndim) if i not in site.sliced)
+            widest[name] = _reach(w, layer)
+            found = _spread(_make_grid(bits, even=grid == "even"), widest[name].shape)
+            summed = plan.summed(site.path) if per_channel else layer
+            levels[name] = replace(found, scale=_reach(w, summed) / widest[name])
     return levels, widest
+
+
+def _reach(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Largest magnitude along axes, kept as 1."""
+    return _limit(w.min(axes, keepdims=True), w.max(axes, keepdims=True))
 
 
 _make_grid = jax.jit(make_grid, static_argnames="even")
 
 
-def _spread(grid: QParams, layers: tuple[int, ...], shape: tuple[int, ...]) -> QParams:
+def _spread(grid: QParams, shape: tuple[int, ...]) -> QParams:
     """Fields, one for each layer, in the shape of the clips."""
-
-    def field(a: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(jnp.broadcast_to(a.ravel(), np.prod(layers)).reshape(layers), shape)
-
-    return jax.tree.map(field, grid)
+    return jax.tree.map(lambda a: jnp.broadcast_to(a.ravel(), prod(shape)).reshape(shape), grid)
 
 
 def _lp_clips(
@@ -678,11 +678,15 @@ def _lp_clips(
     for path, w in tree.named_leaves(data.params):
         name = _weights(path)
         if name in clips:
-            kept = tuple(i for i, n in enumerate(clips[name].shape) if n > 1)
-            clips[name] = _clip_of(calibration.observe(w, kept), grids[name], p)
+            layers = tuple(i for i, n in enumerate(clips[name].shape) if n > 1)
+            stats = calibration.observe(distortion.wide(w) / grids[name].scale, layers)
+            clips[name] = _clip_of(stats, grids[name], p)
 
     def through(x: jax.Array, act: QParams | None, stats: ActStats) -> jax.Array:
-        return x if act is None else fake_quant(x, clipped(act, _clip_of(stats, act, p)))
+        if act is None:
+            return x
+        levels = replace(act, scale=jnp.ones_like(act.scale))
+        return fake_quant(x, clipped(levels, _clip_of(stats, act, p)))
 
     rounded = plan.fake(data.params, grids, clips)
     _, seen = sites.tap(apply_fn, calibration.POOLED, None, through)(rounded, batch)
@@ -698,8 +702,8 @@ def _lp_clips(
 
 
 def _clip_of(stats: ActStats, grid: QParams, p: ArrayLike) -> jax.Array:
-    """:func:`lp_clip` in the shape of the grid."""
-    count = grid.qmin.size
+    """:func:`lp_clip` in the shape of the grid, of values relative to its scale."""
+    count, grid = grid.qmin.size, replace(grid, scale=jnp.ones_like(grid.qmin))
     flat = jax.tree.map(lambda a: a.reshape(count, *a.shape[stats.mean.ndim :]), stats)
     clip = lp_clip(flat, jax.tree.map(jnp.ravel, grid), p)
     return clip.reshape(grid.qmin.shape)

@@ -538,6 +538,7 @@ def compilations():
 def test_other_widths_and_clips_compile_nothing_and_curvature_grows_as_bits_go():
     first, steps = toy(3, 3), (0.2, 0.3, 0.4)
     start, loss = jax.jit(first.start), jax.jit(first.loss)
+    loss(start(jnp.float32(2.0), first.data), first.data)
     problems = [toy(8, bits) for bits in (6, 4, 2)]
     landscape.hessian(first.loss, first.widest, first.data, width=steps)
     data = np.array([name.startswith("data") for name in first.names])
@@ -600,19 +601,21 @@ def test_each_clip_is_for_what_the_quantized_layers_before_it_make():
     assert found == pytest.approx(deviation(pair, PAIR, made.tree(theta), SMALL[:4]), rel=1e-4)
 
 
-def test_channels_have_clips_of_their_own():
+def test_channels_clip_the_same_share_of_their_reach():
     options = {"per_channel": True, "grid": "even", "correct": "none", "skip": "b", **FREE}
-    made = lapq.problem(pair, PAIR, SMALL, act_bits=None, **options)
-    assert made.names == tuple(f"weights of a[{i}]" for i in range(8))
+    uneven = {"a": PAIR["a"] * 4.0 ** jnp.arange(8.0)[None], "b": PAIR["b"]}
+    made = lapq.problem(pair, uneven, SMALL, act_bits=None, **options)
+    assert made.names == ("weights of a",)
     theta, clips = started(made, 2.0)
-    for i, w in enumerate(np.asarray(PAIR["a"]).T):
-        clip = clips[f"weights of a[{i}]"]
-        _, errors, tried = by_scan(w, 4, 2.0, "even")
-        # Six values: many dips, and each is known to a sixteenth.
-        assert np.interp(clip, tried, errors) <= 2 * errors.min()
-        found = dequantize_array(made.tree(theta)["a"])[:, i] if i in (0, 5) else None
-        if found is not None:
-            np.testing.assert_allclose(found, by_hand(w, 4, clip, "even"), rtol=1e-5)
+    w = np.asarray(uneven["a"], np.float64)
+    reach = np.abs(w).max(0)
+    assert np.exp(made.widest) == pytest.approx([reach.max()], rel=1e-6)
+    share = clips["weights of a"] / reach.max()
+    _, errors, tried = by_scan(w / reach, 4, 2.0, "even")
+    assert np.interp(share, tried, errors) <= 1.05 * errors.min()  # as above, by bins
+    found = dequantize_array(made.tree(theta)["a"])
+    expected = [by_hand(column, 4, share * r, "even") for column, r in zip(w.T, reach, strict=True)]
+    np.testing.assert_allclose(found.T, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

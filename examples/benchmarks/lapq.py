@@ -19,6 +19,7 @@ said otherwise. WxAy are the widths of weights and data, 32 is float.
   no sum of functions of one clip explains; pictures for the page.
 * `efficientnet`: EfficientNet-Lite0, W4A4, 32 crops of 96 x 96 and 128 others: the same rows, with
   rough sweeps only, and SciPy capped at 400 evaluations.
+* `channels`: the same at five pairs of widths, every channel of the weights with a step of its own.
 """
 
 import argparse
@@ -81,9 +82,11 @@ def compare(
     rough: int = 2,
     sweeps: int = 2,
     batch_size: int = 128,
+    per_channel: bool = False,
 ) -> Iterator[Row]:
     """One row per method for one calibration set."""
-    made = lapq.problem(apply_fn, variables, calib, batch_size=batch_size, **bits(*widths))
+    settings: Any = {"batch_size": batch_size, "per_channel": per_channel}
+    made = lapq.problem(apply_fn, variables, calib, **settings, **bits(*widths))
     state, loss = lapq.begin(made), jax.jit(made.loss)
     for name, (theta, cost) in thetas(made, state, rough, sweeps).items():
         yield {
@@ -266,7 +269,8 @@ def seconds(f: Callable[..., Any], *args: Any) -> float:
     return time.perf_counter() - begun
 
 
-def efficientnet(args: argparse.Namespace) -> Iterator[Row]:
+def photographs() -> tuple[Callable[..., Any], Any, np.ndarray, Callable[[Any], Row]]:
+    """EfficientNet-Lite0, calibration crops, and what a tree does to crops of other pictures."""
     net = example("efficientnet")
     apply_fn, variables = net.load()
     variables = fold(variables, 1e-3)
@@ -283,11 +287,23 @@ def efficientnet(args: argparse.Namespace) -> Iterator[Row]:
         same = np.asarray(out.argmax(-1) == reference.argmax(-1))
         return share(same, "agreement") | {"evaluation_kl": float(distortion.kl(reference, out))}
 
+    return apply_fn, variables, calib, judge
+
+
+def efficientnet(args: argparse.Namespace) -> Iterator[Row]:
+    apply_fn, variables, calib, judge = photographs()
     for row in compare(apply_fn, variables, calib, (4, 4), judge, 2, 0, batch_size=32):
         yield {"widths": "W4A4", **row}
     made = lapq.problem(apply_fn, variables, calib, batch_size=32)
     for row in race(made, 2, 0, maxiter=1, maxfev=400):
         yield {"widths": "W4A4", **row}
+
+
+def channels(args: argparse.Namespace) -> Iterator[Row]:
+    apply_fn, variables, calib, judge = photographs()
+    for widths in WIDTHS:
+        for row in compare(apply_fn, variables, calib, widths, judge, 2, 0, 32, per_channel=True):
+            yield {"widths": "W{}A{}".format(*widths), **row}
 
 
 def landscapes(args: argparse.Namespace) -> Iterator[Row]:
@@ -338,6 +354,7 @@ PARTS = {
     "modes": modes,
     "landscape": landscapes,
     "efficientnet": efficientnet,
+    "channels": channels,
 }
 
 
