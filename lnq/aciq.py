@@ -38,10 +38,10 @@ from lnq.calibration import ActStats, Calibration
 from lnq.quantizer import (
     QParams,
     QTensor,
+    affine_grid,
     correct_bias,
     dequantize_array,
     fake_quant,
-    make_qparams,
     narrow,
 )
 from lnq.quantizer import quantize as round_to
@@ -55,7 +55,6 @@ __all__ = [
     "Correct",
     "SiteRow",
     "act_grid",
-    "affine_grid",
     "quantize",
     "quantize_array",
     "quantize_weights",
@@ -144,33 +143,6 @@ class _Spread(NamedTuple):
     b: jax.Array
     sigma: jax.Array
     one_sided: jax.Array
-
-
-def affine_grid(low: ArrayLike, high: ArrayLike, bits: ArrayLike) -> QParams:
-    r"""The grid of :math:`2^M` levels that spans an interval and has a level at zero.
-
-    .. math:: s = (\text{high} - \text{low}) / (2^M - 1), \qquad
-              z = \text{qmin} - \mathrm{round}(\text{low} / s), \qquad \text{qmin} = -2^{M-1}
-
-    Args:
-      low: Its lower end, value units; zero if that is below.
-      high: Its upper end, value units; zero if that is above.
-      bits: Width M; bits, whole, at least 1; may be traced.
-
-    Example:
-      >>> grid = affine_grid(jnp.array([-1.0]), jnp.array([2.0]), 2)
-      >>> grid.scale, grid.zero_point, grid.qmin
-      (Array([1.], dtype=float32), Array([-1.], dtype=float32), Array([-2.], dtype=float32))
-    """
-    low = jnp.minimum(jnp.asarray(low, jnp.float32), 0.0)
-    high = jnp.maximum(jnp.asarray(high, jnp.float32), 0.0)
-    low, high, bits = jnp.broadcast_arrays(low, high, jnp.asarray(bits).astype(jnp.float32))
-    levels = jnp.exp2(bits)
-    step = (high - low) / (levels - 1.0)
-    scale = jnp.where(step > 0.0, step, 1.0)
-    qmin = -levels / 2.0
-    zero_point = qmin - jnp.round(low / scale)
-    return make_qparams(scale, zero_point=zero_point, qmin=qmin, qmax=levels + qmin - 1.0)
 
 
 def quantize_array(

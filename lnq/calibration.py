@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 
 from lnq import quantizer
 from lnq.quantizer import QParams
-from lnq.sites import OtherUse, Site, Sites, Stat, find_sites, tap
+from lnq.sites import OtherUse, Site, Sites, Stat, Window, find_sites, tap
 from lnq.types import ApplyFn, Params, Progress
 
 __all__ = [
@@ -386,4 +386,9 @@ def _site(plain: dict[str, Any]) -> Site:
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
     fields |= {k: jax.ShapeDtypeStruct(*plain[k]) for k in ("act", "out")}
     fields["stack"] = tuple(map(tuple, plain["stack"]))
+    if plain["window"]:
+        window = Window(*plain["window"])
+        lists = {k: tuple(v) for k, v in window._asdict().items() if isinstance(v, list)}
+        padding = tuple(map(tuple, window.padding))
+        fields["window"] = window._replace(**(lists | {"padding": padding}))
     return Site(**fields)

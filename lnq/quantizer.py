@@ -20,6 +20,7 @@ __all__ = [
     "FakeQuantTensor",
     "QParams",
     "QTensor",
+    "affine_grid",
     "correct_bias",
     "dequantize",
     "dequantize_array",
@@ -143,6 +144,33 @@ def make_qparams(
     fields = [jnp.asarray(x, jnp.float32) for x in given]
     rank = max(x.ndim for x in fields)
     return QParams(*(x.reshape((1,) * (rank - x.ndim) + x.shape) for x in fields))
+
+
+def affine_grid(low: ArrayLike, high: ArrayLike, bits: ArrayLike) -> QParams:
+    r"""The grid of :math:`2^M` levels that spans an interval and has a level at zero.
+
+    .. math:: s = (\text{high} - \text{low}) / (2^M - 1), \qquad
+              z = \text{qmin} - \mathrm{round}(\text{low} / s), \qquad \text{qmin} = -2^{M-1}
+
+    Args:
+      low: Its lower end, value units; zero if that is below.
+      high: Its upper end, value units; zero if that is above.
+      bits: Width M; bits, whole, at least 1; may be traced.
+
+    Example:
+      >>> grid = affine_grid(jnp.array([-1.0]), jnp.array([2.0]), 2)
+      >>> grid.scale, grid.zero_point, grid.qmin
+      (Array([1.], dtype=float32), Array([-1.], dtype=float32), Array([-2.], dtype=float32))
+    """
+    low = jnp.minimum(jnp.asarray(low, jnp.float32), 0.0)
+    high = jnp.maximum(jnp.asarray(high, jnp.float32), 0.0)
+    low, high, bits = jnp.broadcast_arrays(low, high, jnp.asarray(bits).astype(jnp.float32))
+    levels = jnp.exp2(bits)
+    step = (high - low) / (levels - 1.0)
+    scale = jnp.where(step > 0.0, step, 1.0)
+    qmin = -levels / 2.0
+    zero_point = qmin - jnp.round(low / scale)
+    return make_qparams(scale, zero_point=zero_point, qmin=qmin, qmax=levels + qmin - 1.0)
 
 
 def quantize(x: jax.Array, qparams: QParams, dtype: DTypeLike = jnp.int32) -> QTensor:

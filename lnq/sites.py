@@ -6,7 +6,8 @@ broadcasts, slices, gathers over a mesh, the slicing of a ``scan``. This module 
 its jaxpr and runs that jaxpr again with a rule of its own at each site:
 
 * :func:`find_sites` lists them, and every use of a leaf that is not one, with the reason;
-* :func:`tap` returns statistics of the data that each site reads;
+* :func:`tap` returns statistics of the data that each site reads, or of what it returns;
+* :func:`tails` says what the model does to a site's output before it meets other values;
 * :func:`perturbed` adds a given array to each site's output, so that ``jax.grad`` sees it;
 * :func:`quantized` multiplies by integer codes, and rounds the data if the leaf says how.
 
@@ -14,7 +15,7 @@ All happens while tracing: under ``jit`` the result is an ordinary program, and 
 ``grad``, ``vmap``, ``shard_map`` and ``jax.export`` because it is made of public JAX calls.
 
 The file reads in order: what a site is; leaves and their views; the interpreter; what it does at
-calls, loops, branches and shards; the four functions.
+calls, loops, branches and shards; the five functions.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,11 +48,34 @@ __all__ = [
     "Site",
     "Sites",
     "Stat",
+    "Tail",
+    "Window",
     "find_sites",
     "perturbed",
     "quantized",
+    "tails",
     "tap",
 ]
+
+
+class Window(NamedTuple):
+    """How a convolution moves over its data; one entry per spatial axis, in the kernel's order.
+
+    Attributes:
+      axes: Spatial axes of the data.
+      strides: Steps.
+      padding: Zeros before and behind.
+      dilation: Step between entries of the data, once zeros are put between them.
+      kernel_dilation: Step between entries of the data that meet neighbours in the kernel.
+      groups: Blocks of features that have kernels of their own.
+    """
+
+    axes: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    kernel_dilation: tuple[int, ...]
+    groups: int
 
 
 class Site(NamedTuple):
@@ -66,12 +90,16 @@ class Site(NamedTuple):
       shape: Shape of the leaf.
       contracting: Axes that are summed over; in the order of ``act_channels``, then the spatial
         axes of a convolution.
-      channels: Axes that each have their own place in the output.
-      batch: Axes shared with the data: experts, models under ``vmap``.
+      channels: Axes that each have their own place in the output, in the order of
+        ``out_channels``.
+      batch: Axes shared with the data, in the order of ``act_batch``: experts, models under
+        ``vmap``.
       sliced: Axes that a ``scan`` slices off, the outermost scan's first.
       act: Shape and dtype of the data, as the product reads it (inside loops and shards).
       act_channels: Axes of the data that are summed over; for a convolution its features.
+      act_batch: Axes of the data that it shares with the leaf.
       out: Shape and dtype of the product.
+      out_channels: Axes of the product that are the leaf's channels.
       macs: Multiplications and additions of one call: all turns of a ``scan`` and all shards, one
         turn of a ``while``.
       input: Number of the value it reads; equal where sites read the same.
@@ -83,6 +111,9 @@ class Site(NamedTuple):
       stack: ``(loop, length)`` of each scan that slices the leaf and each ``shard_map`` around it:
         leading axes of deltas, and of raw results (which any other scan around adds its own to).
       shards: Those of ``loops`` that are a ``shard_map``.
+      whole: Whether the product reads all entries of the leaf, or of its slice, each once and in
+        their order along each axis.
+      window: Of a convolution, or None.
       note: What a user should know, or empty.
     """
 
@@ -96,7 +127,9 @@ class Site(NamedTuple):
     sliced: tuple[int, ...]
     act: jax.ShapeDtypeStruct
     act_channels: tuple[int, ...]
+    act_batch: tuple[int, ...]
     out: jax.ShapeDtypeStruct
+    out_channels: tuple[int, ...]
     macs: int
     input: int = -1
     bias: str | None = None
@@ -106,6 +139,8 @@ class Site(NamedTuple):
     loops: tuple[int, ...] = ()
     stack: tuple[tuple[int, int], ...] = ()
     shards: tuple[int, ...] = ()
+    whole: bool = False
+    window: Window | None = None
     note: str = ""
 
     @property
@@ -143,6 +178,27 @@ class Sites(NamedTuple):
     others: tuple[OtherUse, ...]
 
 
+class Tail(NamedTuple):
+    """What becomes of a site's output while it stays one value.
+
+    An affine map of each channel (bias, batch-norm), then functions of single entries:
+    ``follow(factor * y + shift)``.
+
+    Attributes:
+      factor: ``[l, o]``, l layers of a sliced leaf (1 if it is none), o channels.
+      shift: Likewise, value units.
+      bias: Name of the leaf that is added last, if nothing multiplies it, or None.
+      bias_sign: +1 or -1.
+      follow: Takes and returns an array of any shape, float32.
+    """
+
+    factor: jax.Array
+    shift: jax.Array
+    bias: str | None
+    bias_sign: int
+    follow: Callable[[jax.Array], jax.Array]
+
+
 class Stat(NamedTuple):
     """A statistic of the data at a site, as a monoid.
 
@@ -175,6 +231,7 @@ class _Weight:
       sliced: Axes of the leaf that scans sliced off.
       stack: ``(loop, length)`` of those scans.
       sources: Names of all leaves in it.
+      whole: Whether it has all entries of the leaf, or of its slice, in their order.
     """
 
     value: Any
@@ -185,6 +242,7 @@ class _Weight:
     sliced: tuple[int, ...] = field(default=(), metadata={"static": True})
     stack: tuple[tuple[int, int], ...] = field(default=(), metadata={"static": True})
     sources: tuple[str, ...] = field(default=(), metadata={"static": True})
+    whole: bool = field(default=True, metadata={"static": True})
 
     def numbers(self) -> jax.Array:
         """The float array."""
@@ -284,7 +342,7 @@ def _reshaped_axes(params, axes, old, new):
     found: list[tuple[int, ...]] = []
     axes, old = (tuple(x[i] for i in _order(params, old)) for x in (axes, old))
     for before, after in _regrouped(old, new):
-        behind = tuple(sorted({axis for i in before for axis in axes[i]}))
+        behind = tuple(dict.fromkeys(axis for i in before for axis in axes[i]))
         found += [behind if new[j] > 1 or len(after) == 1 else () for j in after]
     return tuple(found)
 
@@ -356,6 +414,9 @@ VIEWS = {
 }
 """Primitives through which a leaf stays that leaf."""
 
+PARTIAL = ("all_gather", "dynamic_slice", "rev", "slice")
+"""Those behind which entries are missing, or in another order along their axis."""
+
 
 def _cuts(params: Mapping[str, Any], shape: Entry) -> list[dict[str, Any]]:
     """A ``split`` as parameters of ``slice``."""
@@ -397,7 +458,8 @@ def _view(eqn: jex.JaxprEqn, weight: _Weight, rest: Sequence[Any]) -> list[_Weig
     for params, var, new, part in zip(every, eqn.outvars, news, moved, strict=True):
         axes = view.axes(params, weight.axes, old, new) if weight.path is not None else ()
         value = replace(part, dtype=_aval(var).dtype) if is_quantized(part) else part
-        parts.append(replace(weight, value=value, axes=axes))
+        whole = weight.whole and name not in PARTIAL
+        parts.append(replace(weight, value=value, axes=axes, whole=whole))
     return parts
 
 
@@ -414,6 +476,8 @@ class _Event(NamedTuple):
       leaves: Names of the leaves it reads.
       elementwise: Whether entries of one array become entries of a result of its shape.
       affine: Whether it adds leaves to the data, or multiplies the data by them.
+      operand: These leaves, as they meet the data.
+      eqn: The equation.
     """
 
     name: str
@@ -422,14 +486,19 @@ class _Event(NamedTuple):
     leaves: tuple[str, ...] = ()
     elementwise: bool = False
     affine: bool = False
+    operand: _Weight | None = None
+    eqn: jex.JaxprEqn | None = None
 
 
 class _Axes(NamedTuple):
-    """Roles of the axes of a product's weight and of its data."""
+    """Roles of the axes of a product's weight, of its data, and of its output."""
 
     weight_sum: tuple[int, ...]
     weight_batch: tuple[int, ...]
+    weight_free: tuple[int, ...]
     data_sum: tuple[int, ...]
+    data_batch: tuple[int, ...]
+    out_free: tuple[int, ...]
 
 
 class _Product(NamedTuple):
@@ -469,6 +538,7 @@ class _Scope:
       deltas: What is to be added at the sites of this scope, by name.
       plan: All sites of the model, where known.
       stat: Of :func:`tap`.
+      outputs: Whether it is one of outputs.
       events: While finding sites: every equation.
       found: While finding sites: sites and other uses, in order.
       alive: While finding sites: values, so that their ``id`` stays theirs.
@@ -486,6 +556,7 @@ class _Scope:
     deltas: dict[str, Any] = field(default_factory=dict)
     plan: tuple[Site, ...] = ()
     stat: Stat | None = None
+    outputs: bool = False
     events: list[_Event] | None = None
     found: list[tuple[Any, int]] = field(default_factory=list)
     alive: list[Any] = field(default_factory=list)
@@ -532,7 +603,8 @@ class _Scope:
                 "of unbounded size; give a Stat with `init` and `merge`"
             )
         observe = self.stat.observe
-        start = self.stat.init(jax.eval_shape(lambda x: observe(x, site), site.act))
+        seen = site.out if self.outputs else site.act
+        start = self.stat.init(jax.eval_shape(lambda x: observe(x, site), seen))
         lengths = tuple(n for loop, n in self.stacked_inside(site))
         return jax.tree.map(lambda a: jnp.broadcast_to(a, lengths + a.shape), start)
 
@@ -650,26 +722,48 @@ def _bind(eqn: jex.JaxprEqn, values: Sequence[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def _dot_axes(params: Mapping[str, Any], side: int) -> _Axes:
-    contract, batch = params["dimension_numbers"]
-    return _Axes(tuple(contract[side]), tuple(batch[side]), tuple(contract[1 - side]))
+def _dot_axes(eqn: jex.JaxprEqn, side: int) -> _Axes:
+    contract, batch = eqn.params["dimension_numbers"]
+    free = [
+        tuple(axis for axis in range(_aval(var).ndim) if axis not in (*contract[i], *batch[i]))
+        for i, var in enumerate(eqn.invars)
+    ]
+    first = len(batch[0]) + side * len(free[0])
+    return _Axes(
+        weight_sum=tuple(contract[side]),
+        weight_batch=tuple(batch[side]),
+        weight_free=free[side],
+        data_sum=tuple(contract[1 - side]),
+        data_batch=tuple(batch[1 - side]),
+        out_free=tuple(range(first, first + len(free[side]))),
+    )
 
 
-def _conv_axes(params: Mapping[str, Any], side: int) -> _Axes | None:
-    numbers = params["dimension_numbers"]
-    return _Axes(tuple(numbers.rhs_spec[1:]), (), (numbers.lhs_spec[1],)) if side == 1 else None
+def _conv_axes(eqn: jex.JaxprEqn, side: int) -> _Axes | None:
+    numbers = eqn.params["dimension_numbers"]
+    if side == 0:
+        return None
+    return _Axes(
+        weight_sum=tuple(numbers.rhs_spec[1:]),
+        weight_batch=(),
+        weight_free=(numbers.rhs_spec[0],),
+        data_sum=(numbers.lhs_spec[1],),
+        data_batch=(),
+        out_free=(numbers.out_spec[1],),
+    )
 
 
-def _ragged_axes(params: Mapping[str, Any], side: int) -> _Axes | None:
-    numbers = params["ragged_dot_dimension_numbers"]
+def _ragged_axes(eqn: jex.JaxprEqn, side: int) -> _Axes | None:
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
     contract, batch = numbers.dot_dimension_numbers
     groups = tuple(numbers.rhs_group_dimensions)
     if side == 0 or not groups:
         return None
-    return _Axes(tuple(contract[1]), tuple(batch[1]) + groups, tuple(contract[0]))
+    shared = tuple(batch[1]) + groups
+    return _Axes(tuple(contract[1]), shared, (), tuple(contract[0]), tuple(batch[0]), ())
 
 
-PRODUCTS: dict[str, Callable[[Mapping[str, Any], int], _Axes | None]] = {
+PRODUCTS: dict[str, Callable[[jex.JaxprEqn, int], _Axes | None]] = {
     "dot_general": _dot_axes,
     "conv_general_dilated": _conv_axes,
     "ragged_dot_general": _ragged_axes,
@@ -685,7 +779,7 @@ def _product(scope: _Scope, eqn: jex.JaxprEqn, values: list[Any]) -> Any:
         return _plain(scope, eqn, values, "product of leaves")[0]
     side = sides.index(True)
     weight, x = values[side], values[1 - side]
-    axes = PRODUCTS[eqn.primitive.name](eqn.params, side)
+    axes = PRODUCTS[eqn.primitive.name](eqn, side)
     if weight.path is None:
         scope.other(eqn, [weight], "the weight is computed from leaves")
         return _plain(scope, eqn, values)[0]
@@ -710,8 +804,24 @@ def _site(scope: _Scope, eqn: jex.JaxprEqn, side: int, weight: _Weight, axes: _A
         for var in (eqn.invars[1 - side], eqn.outvars[0])
     )
     contracting = behind(axes.weight_sum)
-    batch = [axis for axis in behind(axes.weight_batch) if axis not in contracting]
+    batch = tuple(axis for axis in behind(axes.weight_batch) if axis not in contracting)
     rest = set(range(len(weight.shape))) - {*contracting, *batch, *weight.sliced}
+    free = [axis for axis in behind(axes.weight_free) if axis in rest]
+    channels = tuple(dict.fromkeys([*free, *sorted(rest)]))
+    shared = [i for i, axis in enumerate(axes.weight_batch) if weight.axes[axis]]
+
+    def same_size(view_axes: Sequence[int], leaf_axes: Sequence[int]) -> bool:
+        sizes = (weight.value.shape[i] for i in view_axes), (weight.shape[i] for i in leaf_axes)
+        return prod(sizes[0]) == prod(sizes[1])
+
+    whole = (
+        weight.whole
+        and eqn.primitive.name in INTEGER_PRODUCTS
+        and eqn.params.get("batch_group_count", 1) == 1
+        and same_size(axes.weight_sum, contracting)
+        and same_size([axes.weight_batch[i] for i in shared], batch)
+        and same_size(axes.weight_free, channels)
+    )
     terms = prod(weight.value.shape[i] for i in axes.weight_sum)
     return Site(
         path=weight.path,
@@ -719,17 +829,35 @@ def _site(scope: _Scope, eqn: jex.JaxprEqn, side: int, weight: _Weight, axes: _A
         primitive=eqn.primitive.name,
         shape=weight.shape,
         contracting=contracting,
-        channels=tuple(sorted(rest)),
-        batch=tuple(sorted(batch)),
+        channels=channels,
+        batch=batch,
         sliced=weight.sliced,
         act=act,
         act_channels=axes.data_sum,
+        act_batch=tuple(axes.data_batch[i] for i in shared) if whole else (),
         out=out,
+        out_channels=axes.out_free,
         macs=prod(out.shape) * terms * scope.turns,
         loops=scope.loops,
         stack=tuple(sorted((*weight.stack, *scope.shards))),
         shards=tuple(loop for loop, _ in scope.shards),
+        whole=whole,
+        window=_window(eqn),
         note=scope.note,
+    )
+
+
+def _window(eqn: jex.JaxprEqn) -> Window | None:
+    if eqn.primitive.name != "conv_general_dilated":
+        return None
+    params = eqn.params
+    return Window(
+        axes=tuple(params["dimension_numbers"].lhs_spec[2:]),
+        strides=tuple(params["window_strides"]),
+        padding=tuple(map(tuple, params["padding"])),
+        dilation=tuple(params["lhs_dilation"]),
+        kernel_dilation=tuple(params["rhs_dilation"]),
+        groups=params["feature_group_count"],
     )
 
 
@@ -762,6 +890,8 @@ def _observe(scope: _Scope, eqn: jex.JaxprEqn, inputs: list[Any], outputs: list[
             leaves=tuple(path for v in inputs if isinstance(v, _Weight) for path in v.sources),
             elementwise=_is_elementwise(eqn) and all(np.shape(v) == aval.shape for v in data),
             affine=name in AFFINE and ordered,
+            operand=next((v for v in inputs if isinstance(v, _Weight)), None),
+            eqn=eqn,
         )
     )
 
@@ -1113,7 +1243,7 @@ CALLS: dict[str, Callable[[_Scope, jex.JaxprEqn, list[Any]], list[Any]]] = {
 """Primitives with a jaxpr inside that a leaf may enter; in all others it becomes a float array."""
 
 
-# The four functions.
+# The five functions.
 
 
 class _Traced(NamedTuple):
@@ -1207,40 +1337,56 @@ def _find(traced: _Traced) -> Sites:
 
 def _finish(scope: _Scope) -> Sites:
     """Number the inputs, and follow each site's output as far as it stays one value."""
+    numbers: dict[Any, int] = {}
+    sites = []
+    for site, product, path in _paths(scope):
+        read = product.reads[0] if product.reads else -1
+        number = numbers.setdefault(scope.alias.get(read, read), len(numbers))
+        sites.append(_followed(site._replace(input=number), path))
+    return Sites(tuple(sites), tuple(use for use, _ in scope.found if isinstance(use, OtherUse)))
+
+
+def _paths(scope: _Scope) -> Iterator[tuple[Site, _Event, list[_Event]]]:
+    """Every site, its product, and what becomes of its output while it stays one value.
+
+    First sums and products with leaves, then functions of the value alone.
+    """
     events = scope.events or []
     readers: dict[int, list[_Event]] = {}
     for event in events:
         for read in event.reads:
             readers.setdefault(read, []).append(event)
-    numbers: dict[Any, int] = {}
-    sites = []
     for site, place in scope.found:
         if isinstance(site, Site):
-            product = events[place]
-            read = product.reads[0] if product.reads else -1
-            number = numbers.setdefault(scope.alias.get(read, read), len(numbers))
-            sites.append(_followed(site._replace(input=number), product, readers))
-    return Sites(tuple(sites), tuple(use for use, _ in scope.found if isinstance(use, OtherUse)))
+            yield site, events[place], list(_path(events[place].writes, readers))
 
 
-def _followed(site: Site, product: _Event, readers: Mapping[int, list[_Event]]) -> Site:
-    """Add bias, affine leaves and elementwise chain."""
-    bias, sign, affine, chain, value = None, 1, [], [], product.writes
+def _path(value: int, readers: Mapping[int, list[_Event]]) -> Iterator[_Event]:
+    alone = False
     while len(readers.get(value, [])) == 1:
         (event,) = readers[value]
+        if event.name not in PASSED:
+            if not event.elementwise or len(event.reads) != 1:
+                return
+            if event.leaves and (alone or not event.affine):
+                return
+            alone = not event.leaves
+        yield event
+        value = event.writes
+
+
+def _followed(site: Site, path: Sequence[_Event]) -> Site:
+    """Add bias, affine leaves and elementwise chain."""
+    bias, sign, affine, chain = None, 1, [], []
+    for event in path:
         if event.name in PASSED:
             pass
-        elif not event.elementwise or len(event.reads) != 1:
-            break
         elif not event.leaves:
             chain.append(event.name)
-        elif chain or not event.affine:
-            break
         elif event.name in ("add", "sub") and not (bias or affine) and len(event.leaves) == 1:
             (bias,), sign = event.leaves, 1 if event.name == "add" else -1
         else:
             affine += event.leaves
-        value = event.writes
     affine, chain = tuple(dict.fromkeys(affine)), tuple(chain)
     return site._replace(bias=bias, bias_sign=sign, affine=affine, chain=chain)
 
@@ -1276,6 +1422,8 @@ def tap(
     stat: Stat,
     only: Callable[[Site], bool] | None = None,
     through: Callable[[jax.Array, QParams | None, Any], jax.Array] | None = None,
+    *,
+    outputs: bool = False,
 ) -> ApplyFn:
     """Return ``apply_fn`` with a second output: a statistic of the data at each site.
 
@@ -1286,7 +1434,8 @@ def tap(
       only: Which sites; all by default.
       through: ``through(x, grid, statistic) -> x``: what the product reads in place of the data, so
         that later sites see what becomes of it; ``grid`` is that of the data as the leaf holds it,
-        or None. By default the data.
+        or None. By default what the leaf asks for.
+      outputs: Whether ``stat`` and ``through`` have the product in place of its data.
 
     Returns:
       A function with the same arguments that returns ``(outputs, {site name: statistic})``.
@@ -1307,17 +1456,137 @@ def tap(
         names = {site.name for site in plan}
 
         def rule(scope: _Scope, product: _Product) -> jax.Array:
-            x, site = product.x, product.site
-            if site.name in names:
-                found = scope.results[site.name] = stat.observe(x, site)
-                x = x if through is None else through(x, _act(product), found)
+            if product.site.name not in names:
+                return _multiply(scope, product)
+            return (of_output if outputs else of_data)(scope, product)
+
+        def of_data(scope: _Scope, product: _Product) -> jax.Array:
+            found = scope.results[product.site.name] = stat.observe(product.x, product.site)
+            if through is None:
+                return _multiply(scope, product)
+            x = through(product.x, _act(product), found)
             return _product_only(scope, product._replace(x=x))
 
-        scope = _Scope(rule, plan=plan, stat=stat)
-        outputs = _interpret(scope, traced, traced.values)
-        return outputs, {site.name: scope.results[site.name] for site in plan}
+        def of_output(scope: _Scope, product: _Product) -> jax.Array:
+            y = _multiply(scope, product)
+            found = scope.results[product.site.name] = stat.observe(y, product.site)
+            return y if through is None else through(y, _act(product), found)
+
+        scope = _Scope(rule, plan=plan, stat=stat, outputs=outputs)
+        outs = _interpret(scope, traced, traced.values)
+        return outs, {site.name: scope.results[site.name] for site in plan}
 
     return tapped
+
+
+def tails(apply_fn: ApplyFn, params: Params, *args: Any, **kwargs: Any) -> dict[str, Tail]:
+    """What the model does to the output of each site before it meets other values.
+
+    Inside loops only a bias is seen. What differs between examples or places is no part of it: a
+    tail ends there, and that of a site with a leaf along its output's other axes is empty.
+
+    Args:
+      apply_fn: ``apply_fn(params, *args, **kwargs)``.
+      params: Its parameters.
+      *args: Its other arguments; one example will do.
+      **kwargs: The same, by name.
+
+    Returns:
+      By site name.
+
+    Example:
+      >>> model = lambda p, x: jax.nn.relu((x @ p["w"]) * p["scale"] - p["bias"])
+      >>> p = {"w": jnp.eye(2), "scale": jnp.array([[2.0, 3.0]]), "bias": jnp.ones((1, 2))}
+      >>> tail = tails(model, p, jnp.ones((5, 2)))["w"]
+      >>> tail.bias, tail.bias_sign, tail.follow(tail.factor * jnp.array([[0.4, 2.0]]) + tail.shift)
+      ('bias', -1, Array([[0., 5.]], dtype=float32))
+    """
+    traced = _trace(apply_fn, (params, *args), kwargs)
+    parts: dict[str, tuple[str | None, int, list[jex.JaxprEqn]]] = {}
+
+    def run(values: list[Any]) -> dict[str, tuple[jax.Array, ...]]:
+        scope = _Scope(_product_only, events=[])
+        _run(scope, traced.jaxpr, values)
+        leaves = {v.path: v.numbers() for v in values if isinstance(v, _Weight)}
+        found = {}
+        for site, _, path in _paths(scope):
+            found[site.name], bias, sign, eqns = _affine(site, path, leaves)
+            parts[site.name] = bias, sign, eqns
+        return found
+
+    found = {}
+    for name, (factor, shift, even) in jax.jit(run)(traced.values).items():
+        bias, sign, eqns = parts[name]
+        if not bool(even):
+            factor, shift, bias, eqns = jnp.ones_like(factor), jnp.zeros_like(shift), None, []
+        found[name] = Tail(factor, shift, bias, sign, partial(_follow, eqns))
+    return found
+
+
+def _affine(
+    site: Site, path: Sequence[_Event], leaves: Mapping[Any, jax.Array]
+) -> tuple[tuple[jax.Array, ...], str | None, int, list[jex.JaxprEqn]]:
+    """Factor, shift, and whether they are the same everywhere; bias, sign, and what follows."""
+    layers, channels = (prod(site.shape[i] for i in axes) for axes in (site.sliced, site.channels))
+    factor, shift, even = jnp.ones((layers, channels)), jnp.zeros((layers, channels)), jnp.array(1)
+    bias, sign, eqns = None, 1, []
+    for event in path:
+        if event.operand is None:
+            eqns += [event.eqn] if event.name not in PASSED else []
+            continue
+        a, same = _per_channel(site, event.operand, leaves, (layers, channels))
+        if a is None:
+            break
+        even, bias = even * same, None
+        if event.name in ("add", "sub"):
+            sign = 1 if event.name == "add" else -1
+            shift, bias = shift + sign * a, event.operand.path
+        else:
+            a = a if event.name == "mul" else 1.0 / a
+            factor, shift = factor * a, shift * a
+    return (factor, shift, even), bias, sign, eqns
+
+
+def _per_channel(
+    site: Site, operand: _Weight, leaves: Mapping[Any, jax.Array], shape: tuple[int, int]
+) -> tuple[jax.Array | None, Any]:
+    """Leaves that meet a site's output, one number a channel, and whether that is all of them."""
+    if site.loops:  # the operand is out of reach, but a leaf is known by its name
+        leaf = leaves.get(operand.path) if operand.whole else None
+        return (None, 0) if leaf is None or leaf.size != prod(shape) else (leaf.reshape(shape), 1)
+    a = operand.numbers()
+    if not _broadcasts(a.shape, site.out.shape):
+        return None, 0
+    a = jnp.broadcast_to(a, site.out.shape)
+    first = a[tuple(slice(None if i in site.out_channels else 1) for i in range(a.ndim))]
+    return first.astype(jnp.float32).reshape(shape), jnp.all(a == first)
+
+
+def _follow(eqns: Sequence[jex.JaxprEqn], y: jax.Array) -> jax.Array:
+    """Equations of one value after another, on an array of any shape."""
+    for eqn in eqns:
+        values = [var.val if isinstance(var, jex.Literal) else y for var in eqn.invars]
+        y = _entrywise(eqn, values)
+    return y.astype(jnp.float32)
+
+
+def _entrywise(eqn: jex.JaxprEqn, values: Sequence[Any]) -> jax.Array:
+    """An equation known to work entry by entry, with scalars left scalars."""
+    values = [
+        jnp.asarray(v).astype(_aval(var).dtype) for v, var in zip(values, eqn.invars, strict=True)
+    ]
+    if inner := _closed(eqn):
+        jaxpr, consts = _open(inner[0])
+        env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
+        for step in jaxpr.eqns:
+            inputs = [var.val if isinstance(var, jex.Literal) else env[var] for var in step.invars]
+            env[step.outvars[0]] = _entrywise(step, inputs)
+        (out,) = jaxpr.outvars
+        return jnp.asarray(out.val) if isinstance(out, jex.Literal) else env[out]
+    if eqn.primitive.name == "broadcast_in_dim":
+        return values[0]
+    (out,) = _bind(eqn, jnp.broadcast_arrays(*values))
+    return out
 
 
 def perturbed(apply_fn: ApplyFn) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 import lnq
 from lnq import aciq, calibration, clipping, distortion, sites
-from lnq.quantizer import QTensor, correct_bias, dequantize_array, fake_quant, quantize
+from lnq.quantizer import QTensor, affine_grid, correct_bias, dequantize_array, fake_quant, quantize
 
 RNG = np.random.default_rng(5)
 LAPLACE = RNG.laplace(size=(100_000, 1)).astype(np.float32)
@@ -42,7 +42,7 @@ def act_error(x, bits, clip):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 2.5), (0.0, 3.0), (-0.17, 9.0), (-4.0, -1.0)])
 def test_a_grid_spans_its_interval_and_zero_exactly(low, high, bits):
-    grid = aciq.affine_grid(jnp.array([low]), jnp.array([high]), bits)
+    grid = affine_grid(jnp.array([low]), jnp.array([high]), bits)
     levels = (np.arange(grid.qmin[0], grid.qmax[0] + 1) - grid.zero_point[0]) * grid.scale[0]
     assert len(levels) == 2**bits
     assert 0.0 in levels
@@ -52,7 +52,7 @@ def test_a_grid_spans_its_interval_and_zero_exactly(low, high, bits):
 
 
 def test_rounding_twice_is_rounding_once_and_zero_stays_zero():
-    grid = aciq.affine_grid(jnp.array([[-1.3]]), jnp.array([[2.1]]), 4)
+    grid = affine_grid(jnp.array([[-1.3]]), jnp.array([[2.1]]), 4)
     x = jnp.asarray(RNG.normal(size=(50, 1)), jnp.float32)
     once = fake_quant(x, grid)
     np.testing.assert_array_equal(fake_quant(once, grid), once)
