@@ -26,6 +26,7 @@ _HOME = {
 }
 _MODULES = (
     "aciq",
+    "allocation",
     "ans",
     "calibration",
     "checkpoint",
@@ -33,8 +34,10 @@ _MODULES = (
     "container",
     "demo",
     "distortion",
+    "feedback",
     "landscape",
     "lapq",
+    "matrices",
     "quantizer",
     "reuse",
     "riq",
@@ -51,6 +54,7 @@ __all__ = ["__version__", *_HOME, *_MODULES]
 if TYPE_CHECKING:
     from lnq import (
         aciq,
+        allocation,
         ans,
         calibration,
         checkpoint,
@@ -58,8 +62,10 @@ if TYPE_CHECKING:
         container,
         demo,
         distortion,
+        feedback,
         landscape,
         lapq,
+        matrices,
         quantizer,
         reuse,
         riq,
