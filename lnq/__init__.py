@@ -26,6 +26,7 @@ _HOME = {
 }
 _MODULES = (
     "aciq",
+    "adaquant",
     "allocation",
     "ans",
     "calibration",
@@ -54,6 +55,7 @@ __all__ = ["__version__", *_HOME, *_MODULES]
 if TYPE_CHECKING:
     from lnq import (
         aciq,
+        adaquant,
         allocation,
         ans,
         calibration,

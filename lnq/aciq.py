@@ -47,7 +47,7 @@ from lnq.quantizer import (
 from lnq.quantizer import quantize as round_to
 from lnq.sites import OtherUse, Site
 from lnq.types import ApplyFn, Params, Progress, Select
-from lnq.widths import site_widths
+from lnq.widths import require_weights, site_widths
 
 __all__ = [
     "ACIQInfo",
@@ -380,11 +380,7 @@ def quantize(
     originals = dict(tree.named_leaves(params))
     _check_sites(found, originals, strict)
     plan = site_widths(found.sites.sites, weight_bits, act_bits, edge_bits, skip)
-
-    floats = {site.path for site in found.sites.sites if site.name in plan.acts} - set(plan.weights)
-    if floats:
-        raise ValueError(f"weight_bits: None for {sorted(floats)}; name them in `skip`")
-
+    require_weights(found.sites.sites, plan)
     options = {"clip": weight_clip, "allocate": allocate, "correct": correct}
     acts = {
         site.name: _act(site, found.stats[site.name], bits, per_channel, act_clip, allocate)

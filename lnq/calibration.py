@@ -90,11 +90,15 @@ class Calibration(NamedTuple):
     stats: Mapping[str, ActStats]
 
 
-def as_batches(calib: Any) -> list[Any]:
+def as_batches(calib: Any, size: int | None = None) -> list[Any]:
     """Batches of a calibration set.
 
     An array, dict or tuple is one pytree of examples (leading axis) and becomes one batch; a list
     or an iterator holds batches.
+
+    Args:
+      calib: The set.
+      size: Cut batches into parts of so many examples; what is left over is a smaller one.
 
     Raises:
       ValueError: If there is no batch, no example, or leading axes disagree.
@@ -106,9 +110,12 @@ def as_batches(calib: Any) -> list[Any]:
     batches = list(calib) if isinstance(calib, list | Iterator) else [calib]
     if not batches:
         raise ValueError("calib: no batch; give at least one example")
-    for batch in batches:
-        batch_size(batch)
-    return batches
+    counts = [batch_size(batch) for batch in batches]
+    return [
+        jax.tree.map(lambda a, i=i, n=n: a[i : i + n], batch)
+        for batch, n in zip(batches, (size or count for count in counts), strict=True)
+        for i in range(0, batch_size(batch), n)
+    ]
 
 
 def batch_size(batch: Any) -> int:

@@ -65,7 +65,7 @@ def least_squares(x: jax.Array, y: jax.Array, w: jax.Array, damping: float = 0.0
     """
     h = second_moment(x, damping)
     residual = jnp.einsum("...ri,...ro->...io", x, y - x @ w) / x.shape[-2]
-    return w + jax.scipy.linalg.solve(h, residual, assume_a="pos")
+    return w + jnp.linalg.solve(h, residual)
 
 
 def compensate(w: jax.Array, h: jax.Array, grid: QParams) -> jax.Array:

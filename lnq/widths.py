@@ -9,7 +9,7 @@ from lnq import tree
 from lnq.sites import Site
 from lnq.types import Select
 
-__all__ = ["Widths", "site_widths"]
+__all__ = ["Widths", "require_weights", "site_widths"]
 
 
 class Widths(NamedTuple):
@@ -62,6 +62,13 @@ def site_widths(
                     width[-1:] = np.maximum(width[-1:], edge_bits * (site is sites[-1]))
                 widths[key] = np.maximum(width.reshape(lengths), widths.get(key, 1))
     return found
+
+
+def require_weights(sites: Sequence[Site], widths: Widths) -> None:
+    """Raise ``ValueError`` where data is to be rounded beside float weights."""
+    floats = {site.path for site in sites if site.name in widths.acts} - set(widths.weights)
+    if floats:
+        raise ValueError(f"weight_bits: None for {sorted(floats)}; name them in `skip`")
 
 
 def _asked(bits: int | Select | None, name: str) -> int | None:
