@@ -143,6 +143,14 @@ def lapq_efficientnet_rows(results):
         )
 
 
+def lapq_channels_rows(results):
+    for row in part(results, "channels"):
+        yield (
+            f"| {row['widths']} | {row['name']} | {row['loss']:.2f} | {row['held_out']:.2f} | "
+            f"{row['evaluation_kl']:.2f} | {row['cost']:.0f} | {percent(row, 'agreement')} |"
+        )
+
+
 def recommender_rows(results):
     for row in results["rows"]:
         cost = f"{row['cost']:.0f}" if "cost" in row else ""
@@ -180,6 +188,7 @@ def landscape_rows(results):
         ("lapq", "lapq", lapq_race_rows),
         ("lapq", "lapq", lapq_modes_rows),
         ("lapq", "lapq", lapq_efficientnet_rows),
+        ("lapq", "lapq", lapq_channels_rows),
         ("lapq", "recommender", recommender_rows),
         ("landscape", "lapq", landscape_rows),
     ],
