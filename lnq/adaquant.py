@@ -26,6 +26,7 @@ code takes a ReLU, by name); sequential means all examples (the code renews one 
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -59,6 +60,8 @@ __all__ = [
     "begin",
     "best_grid",
     "fit",
+    "fit_in_parallel",
+    "fit_in_sequence",
     "harden",
     "improve",
     "outputs",
@@ -177,6 +180,12 @@ def _grid(scale: jax.Array, zero_point: jax.Array, bits: jax.Array) -> QParams:
     return QParams(scale, whole, jnp.full_like(scale, -half), jnp.full_like(scale, half - 1.0))
 
 
+def _on_grid(zero_point: jax.Array, bits: jax.Array) -> jax.Array:
+    """Where zero is one of the levels."""
+    half = jnp.exp2(bits.astype(jnp.float32)) / 2.0
+    return jnp.clip(zero_point, -half, half - 1.0)
+
+
 def outputs(layer: Layer, fit: Fit, rows: Any = slice(None)) -> jax.Array:
     """What the quantized layer returns, before f; ``[g, r, o]``."""
     x, grid = layer.x[:, rows], _grid(fit.act_scale, fit.act_zero_point, layer.act_bits)
@@ -213,17 +222,19 @@ def begin(
     if second_order:
         factor = jnp.where(layer.factor == 0.0, 1.0, layer.factor)
         y = jnp.where(layer.factor == 0.0, layer.x @ w, (layer.y - layer.shift) / factor)
-        w = feedback.least_squares(x, y, w, damping)
+        w = jax.vmap(feedback.least_squares, (0, 0, 0, None))(x, y, w, damping)
     grid = best_grid(w, layer.weight_bits, (1,), clip)
     if second_order:
-        w = jax.vmap(feedback.compensate)(w, feedback.second_moment(x, damping), grid)
+        h = jax.vmap(feedback.second_moment, (0, None))(x, damping)
+        w = jax.vmap(feedback.compensate)(w, h, grid)
     return Fit(w, grid.scale, grid.zero_point, act.scale, act.zero_point, zero)
 
 
 def _units(layer: Layer, start: Fit, absolute: bool) -> Fit:
     """What a rate of 1 means."""
     if absolute:
-        levels = jnp.exp2(layer.weight_bits) - 1.0, jnp.exp2(layer.act_bits.astype(jnp.float32))
+        bits = layer.weight_bits, jnp.maximum(layer.act_bits, 1)
+        levels = [jnp.exp2(b.astype(jnp.float32)) - 1.0 for b in bits]
         return Fit(
             w=jnp.ones_like(start.w),
             scale=jnp.ones_like(start.scale) / levels[0],
@@ -282,7 +293,9 @@ def improve(
         fit = jax.tree.map(lambda begun, moved, unit: begun + moved * unit, start, theta, units)
         fit = fit._replace(
             scale=jnp.maximum(fit.scale, 1e-3 * start.scale),
+            zero_point=_on_grid(fit.zero_point, layer.weight_bits),
             act_scale=jnp.maximum(fit.act_scale, 1e-3 * start.act_scale),
+            act_zero_point=_on_grid(fit.act_zero_point, layer.act_bits),
         )
         if weights == "constrained":
             level = fit.w / fit.scale + fit.zero_point
@@ -299,8 +312,10 @@ def improve(
     def turn(carry: tuple[Fit, Any], i: jax.Array) -> tuple[tuple[Fit, Any], None]:
         theta, state = carry
         rows = jax.random.randint(jax.random.fold_in(key, i), (batch,), held, max(size, held + 1))
-        update, state = adam.update(jax.grad(loss)(theta, rows), state)
-        falling = 0.5 + 0.5 * jnp.cos(jnp.pi * i / steps)
+        slope = jax.grad(loss)(theta, rows)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to whole powers
+            update, state = adam.update(slope, state)
+        falling = 0.5 + 0.5 * jnp.cos(jnp.pi * i.astype(jnp.float32) / steps)
         return (jax.tree.map(lambda t, u, r: t - falling * r * u, theta, update, rate), state), None
 
     def chunk(carry: Any, turns: jax.Array) -> tuple[Any, jax.Array]:
@@ -359,7 +374,8 @@ def _fit(
 
     def one(pair: tuple[Layer, jax.Array]) -> Outcome:
         layer, key = pair
-        held = max(layer.x.shape[1] // HELD_OUT, 1)
+        size = layer.x.shape[1]
+        held = min(max(size // HELD_OUT, 1), size - 1)
         fitted = layer._replace(x=layer.x[:, held:], y=layer.y[:, held:])
         nearest = begin(fitted, second_order=False, clip=how.clip)
         options: Any = {"follow": follow, "weights": how.weights, "batch": how.batch}
@@ -371,7 +387,7 @@ def _fit(
             better = of_start[0] < of_nearest[0]
             start = jax.tree.map(partial(jnp.where, better), start, nearest)
         fit, losses = improve(layer, start, key, rates, steps=how.steps, **options)
-        return Outcome(fit, of_nearest[0], losses[0], losses.min())
+        return Outcome(fit, of_nearest[0], losses[0], jnp.nanmin(losses))
 
     return lax.map(one, (layers, keys), batch_size=how.together if how.together > 1 else None)
 
@@ -497,7 +513,7 @@ def problem(
     found = sites.find_sites(apply_fn, params, batches[0])
     if not found.sites:
         raise ValueError("apply_fn: no leaf of params meets data in a product; nothing to quantize")
-    left = _left(found.sites)
+    left = _left(found)
     layers = {site.name: site for site in found.sites if site.name not in left}
     tails = sites.tails(apply_fn, params, batches[0])
     key = jax.random.key(0) if key is None else key
@@ -511,7 +527,7 @@ def problem(
         sufficiency={name: _sufficiency(site, batches) for name, site in layers.items()},
         floats=_floats(params, layers.values()),
         tails=tails,
-        biases=_biases(layers, tails, dict(tree.named_leaves(params))),
+        biases=_biases(layers, tails, dict(tree.named_leaves(params)), _uses(found)),
         sample=_sampler(apply_fn, batches, most, mask, key),
         passes=_passes(layers, most, memory),
         rates=rates,
@@ -520,12 +536,18 @@ def problem(
     )
 
 
-def _left(every: Sequence[Site]) -> dict[str, str]:
+def _left(found: Sites) -> dict[str, str]:
     """Sites that are no layer of their own, and why."""
-    uses = [site.path for site in every]
-    reasons = {site.name: matrices.reason(site) for site in every}
-    shared = {s.name: "the leaf is used more than once" for s in every if uses.count(s.path) > 1}
+    uses = _uses(found)
+    reasons = {site.name: matrices.reason(site) for site in found.sites}
+    shared = {s.name: "the leaf is used more than once" for s in found.sites if uses[s.path] > 1}
     return {name: why for name, why in reasons.items() if why} | shared
+
+
+def _uses(found: Sites) -> Counter[str]:
+    """How often each leaf is used, at sites or otherwise."""
+    others = [name for use in found.others for name in use.path.split(" + ")]
+    return Counter([*(site.path for site in found.sites), *others])
 
 
 def _sufficiency(site: Site, batches: Sequence[Any]) -> float:
@@ -559,15 +581,17 @@ def _passes(
 
 
 def _biases(
-    layers: Mapping[str, Site], tails: Mapping[str, Tail], leaves: Mapping[str, Any]
+    layers: Iterable[str],
+    tails: Mapping[str, Tail],
+    leaves: Mapping[str, Any],
+    uses: Mapping[str, int],
 ) -> dict[str, str]:
-    """Leaves that can take a layer's bias: of the size of its channels, and of no other layer."""
-    names = [tails[name].bias for name in layers]
+    """Leaves that can take a layer's bias: of the size of its channels, and used only there."""
     return {
         name: bias
-        for name, bias in zip(layers, names, strict=True)
-        if bias is not None
-        and names.count(bias) == 1
+        for name in layers
+        if (bias := tails[name].bias) is not None
+        and uses[bias] == 1
         and leaves[bias].size == tails[name].shift.size
     }
 
@@ -591,9 +615,9 @@ def _sampler(
     def observe(valid: jax.Array | None, key: jax.Array, x: jax.Array, site: Site) -> _Sample:
         count = matrices.count_rows(site)
         size = min(count, max(most[site.name] // len(batches), 1))
-        if valid is not None and valid.size == count and site.window is None:
-            share = valid.ravel() / jnp.maximum(valid.sum(), 1)
-            places = jax.random.choice(key, count, (size,), p=share.astype(jnp.float32))
+        if valid is not None and valid.shape == _free(x, site)[: valid.ndim]:
+            real = jnp.repeat(valid.ravel(), count // valid.size).astype(jnp.float32)
+            places = jax.random.choice(key, count, (size,), p=real / jnp.maximum(real.sum(), 1.0))
         else:
             places = jax.random.permutation(key, count)[:size]
         return _Sample(matrices.rows(x, site, places).astype(jnp.float32), jnp.float32(count))
@@ -618,6 +642,13 @@ def _sampler(
         return {name: x.reshape(-1, *x.shape[-3:]) for name, x in rows.items()}
 
     return sample
+
+
+def _free(x: jax.Array, site: Site) -> tuple[int, ...]:
+    """Sizes of the data's axes that tell its rows apart; of a convolution's, examples only."""
+    places = () if site.window is None else site.window.axes
+    others = *site.act_batch, *site.act_channels, *places
+    return tuple(n for i, n in enumerate(x.shape) if i not in others)
 
 
 def _no_rows(like: _Sample) -> _Sample:
@@ -665,23 +696,41 @@ def fit(
 def _layer(made: Problem, name: str, widths: Widths, x: jax.Array, reference: jax.Array) -> Layer:
     """The problem of a layer, stacked for a sliced leaf, from what the two models read."""
     site, tail = made.layers[name], made.tails[name]
-    w = matrices.to_matrix(_leaf(made.params, site.path), site).astype(jnp.float32)
-    factor, shift = (_by_channel(a, w) for a in (tail.factor, tail.shift))
-    bits = [np.broadcast_to(np.ravel(b), len(w)) for b in _bits(site, widths)]
-    return Layer(
-        x=x,
-        y=factor * jax.vmap(_product)(reference, w) + shift,
-        w=w,
-        factor=factor,
-        shift=shift,
-        weight_bits=jnp.asarray(bits[0]),
-        act_bits=jnp.asarray(bits[1]),
-        has_bias=jnp.full(len(w), float(name in made.biases)),
-    )
+    w, has_bias = _leaf(made.params, site.path), float(name in made.biases)
+    tail, bits = (tail.factor, tail.shift), _bits(site, widths)
+    return _layer_of(w, tail, bits, has_bias, x, reference, site=_form(site))
 
 
-def _bits(site: Site, widths: Widths) -> tuple[Any, Any]:
-    return widths.weights[site.path], widths.acts.get(site.name, 0)
+@partial(jax.jit, static_argnames="site")
+def _layer_of(
+    w: jax.Array,
+    tail: tuple[jax.Array, jax.Array],
+    bits: tuple[jax.Array, jax.Array],
+    has_bias: jax.Array,
+    x: jax.Array,
+    reference: jax.Array,
+    *,
+    site: Site,
+) -> Layer:
+    w = matrices.to_matrix(w, site).astype(jnp.float32)
+    factor, shift = (_by_channel(a, w) for a in tail)
+    y = factor * jax.vmap(_product)(reference, w) + shift
+    return Layer(x, y, w, factor, shift, *bits, jnp.broadcast_to(has_bias, len(w)))
+
+
+def _form(site: Site) -> Site:
+    """What of a site a compiled function needs to know."""
+    return site._replace(
+        path="", use=0, macs=0, input=-1, bias=None, bias_sign=1, affine=(), chain=(), note=""
+    )._replace(loops=(), stack=(), shards=())
+
+
+def _bits(site: Site, widths: Widths) -> tuple[jax.Array, jax.Array]:
+    """Widths of weights and data for each layer of a sliced leaf, ``[l]``; 0 is float."""
+    layers = prod(site.shape[i] for i in site.sliced)
+    both = widths.weights[site.path], widths.acts.get(site.name, 0)
+    weights, acts = (jnp.asarray(np.broadcast_to(np.ravel(b), layers), jnp.int32) for b in both)
+    return weights, acts
 
 
 def _leaf(params: Params, path: str) -> jax.Array:
@@ -694,7 +743,7 @@ def _by_channel(a: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.broadcast_to(a, (len(w), w.shape[1], 1, w.shape[-1]))
 
 
-WIDE = QParams(*map(jnp.float32, (2.0**-30, 0.0, -jnp.inf, jnp.inf)))
+WIDE = QParams(*map(jnp.float32, (2.0**-60, 0.0, -jnp.inf, jnp.inf)))
 """The grid that leaves a float32 as it is."""
 
 
@@ -731,28 +780,35 @@ def place(made: Problem, params: Params, fits: Mapping[str, Fit], widths: Widths
     leaves: dict[str, Any] = {}
     for name, fit in fits.items():
         site = made.layers[name]
-        w = fake_quant(fit.w, _weight_grid(fit, site, widths))
-        act, shape = _act_grid(fit, site, widths) or WIDE, _act_shape(site)
-        act = jax.tree.map(lambda a, s=shape: jnp.broadcast_to(a.ravel(), prod(s)).reshape(s), act)
-        like = _leaf(made.params, site.path)
-        w = matrices.from_matrix(w, site).astype(like.dtype)
-        leaves[site.path] = FakeQuantTensor(w, None, (act,), like.dtype)
+        leaf = _soft(fit, _bits(site, widths), site=_form(site))
+        dtype = _leaf(made.params, site.path).dtype
+        leaves[site.path] = replace(leaf, values=leaf.values.astype(dtype), dtype=dtype)
     leaves |= _moved_biases(made, fits)
     return tree.map_named(lambda path, leaf: leaves.get(path, leaf), params)
 
 
-def _weight_grid(fit: Fit, site: Site, widths: Widths) -> QParams:
-    """``[l, g, 1, o]``."""
-    bits = np.broadcast_to(np.ravel(widths.weights[site.path]), len(fit.w))
-    return _grid(fit.scale, fit.zero_point, jnp.asarray(bits).reshape(-1, 1, 1, 1))
+@partial(jax.jit, static_argnames="site")
+def _soft(fit: Fit, bits: tuple[jax.Array, jax.Array], *, site: Site) -> FakeQuantTensor:
+    """A leaf rounded in floats."""
+    weights, act = _grids(fit, bits, site)
+    return FakeQuantTensor(matrices.from_matrix(fake_quant(fit.w, weights), site), None, (act,))
 
 
-def _act_grid(fit: Fit, site: Site, widths: Widths) -> QParams | None:
-    """``[l, 1, 1, 1]``."""
-    if site.name not in widths.acts:
-        return None
-    bits = jnp.asarray(np.ravel(widths.acts[site.name])).reshape(-1, 1, 1, 1)
-    return _grid(fit.act_scale, fit.act_zero_point, bits)
+@partial(jax.jit, static_argnames="site")
+def _hard(fit: Fit, bits: tuple[jax.Array, jax.Array], *, site: Site) -> QTensor:
+    """A leaf in codes."""
+    weights, act = _grids(fit, bits, site)
+    q = quantizer.quantize(fit.w, weights)
+    return replace(jax.tree.map(lambda a: matrices.from_matrix(a, site), q), acts=(act,))
+
+
+def _grids(fit: Fit, bits: tuple[jax.Array, jax.Array], site: Site) -> tuple[QParams, QParams]:
+    """Of the weights, ``[l, g, 1, o]``, and of the data as the leaf holds it."""
+    of_weights, of_acts = (b.reshape(-1, 1, 1, 1) for b in bits)
+    act = _grid(fit.act_scale, fit.act_zero_point, of_acts)
+    act = jax.tree.map(lambda a, wide: jnp.where(of_acts > 0, a, wide), act, WIDE)
+    act = jax.tree.map(lambda a: a.reshape(_act_shape(site)), act)
+    return _grid(fit.scale, fit.zero_point, of_weights), act
 
 
 def _moved_biases(made: Problem, fits: Mapping[str, Fit]) -> dict[str, jax.Array]:
@@ -781,24 +837,18 @@ def harden(
     if round_biases:
         bits = {made.biases[n]: _bits(made.layers[n], widths) for n in fits if n in made.biases}
         for path, (of_weights, of_acts) in bits.items():
-            total = int(np.max(of_weights)) + int(np.max(of_acts)) if np.max(of_acts) else 16
+            total = int(of_weights.max() + of_acts.max()) if of_acts.any() else 16
             leaves[path] = _nearest(leaves[path], min(total, 16), tuple(range(leaves[path].ndim)))
     for name, fit in fits.items():
         site = made.layers[name]
-        q = quantizer.quantize(fit.w, _weight_grid(fit, site, widths))
-        act = _act_grid(fit, site, widths)
-        if act is not None:
-            act = jax.tree.map(lambda a, site=site: a.reshape(_act_shape(site)), act)
-            act = replace(act, dtype=_integer_dtype(site, act))
-        q = jax.tree.map(lambda a, site=site: matrices.from_matrix(a, site), q)
-        like = _leaf(made.params, site.path)
-        leaves[site.path] = replace(
-            quantizer.narrow(q), acts=() if act is None else (act,), dtype=like.dtype
-        )
+        q = quantizer.narrow(_hard(fit, _bits(site, widths), site=_form(site)))
+        acts = q.acts if site.name in widths.acts else ()
+        acts = tuple(act and replace(act, dtype=_integer_dtype(act)) for act in acts)
+        leaves[site.path] = replace(q, acts=acts, dtype=_leaf(made.params, site.path).dtype)
     for site in made.sites.sites:
         if site.name in made.left and site.path in widths.weights and site.path not in leaves:
             bits = widths.weights[site.path]
-            bits = bits.reshape(bits.shape + (1,) * (len(site.shape) - bits.ndim))
+            bits = matrices.from_matrix(jnp.asarray(bits).reshape(-1, 1, 1, 1), site)
             leaves[site.path] = _nearest(_leaf(made.params, site.path), bits, site.contracting)
     return tree.map_named(lambda path, leaf: leaves.get(path, leaf), made.params)
 
@@ -808,9 +858,12 @@ def _nearest(w: jax.Array, bits: ArrayLike, axes: tuple[int, ...]) -> QTensor:
     return replace(quantizer.narrow(q), dtype=w.dtype)
 
 
-def _integer_dtype(site: Site, act: QParams) -> Any:
+def _integer_dtype(act: QParams) -> Any:
     """In which dtype the data's codes are multiplied, if not in float."""
     return jnp.dtype("int8") if int(act.bits.max()) <= 8 else None
+
+
+OnSite = Callable[[Mapping[str, Outcome]], None]
 
 
 class LayerRow(NamedTuple):
@@ -872,13 +925,86 @@ def _row(made: Problem, site: Site, widths: Widths, found: Outcome | None) -> La
 
 
 def _warn_of_few_rows(made: Problem, names: Iterable[str]) -> None:
-    few = [name for name in names if made.sufficiency[name] < 2.0]
+    learns = made.how.weights != "fixed" or made.how.second_order
+    few = [name for name in names if learns and made.sufficiency[name] < 2.0]
     if few:
         warnings.warn(
             f"calib: fewer than two rows of data for each input of {', '.join(few)}; "
             "give more examples, or weights='fixed' and second_order=False",
             stacklevel=3,
         )
+
+
+def fit_in_parallel(
+    made: Problem,
+    widths: Widths,
+    done: Mapping[str, Outcome] | None = None,
+    *,
+    on_site: OnSite | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Outcome]:
+    """Fit every layer that has a width to what it reads in the float model.
+
+    Args:
+      made: The model.
+      widths: Of weights and data.
+      done: What is fitted already.
+      on_site: Called with all outcomes after each layer, or layers of equal shape.
+      progress: Called likewise.
+    """
+    names, done = _with_widths(made, widths), dict(done or {})
+    for group in made.passes:
+        wanted = [name for name in group if name in names and name not in done]
+        rows = made.sample(group, made.floats) if wanted else {}
+        rows = {name: rows[name] for name in wanted}
+        for found in fit(made, widths, rows, rows):
+            done |= found
+            _report(done, names, found, on_site, progress)
+    return done
+
+
+def fit_in_sequence(
+    made: Problem,
+    widths: Widths,
+    done: Mapping[str, Outcome] | None = None,
+    *,
+    on_site: OnSite | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Outcome]:
+    """Fit every layer that has a width to what it reads in the model quantized so far.
+
+    Arguments are those of :func:`fit_in_parallel`.
+    """
+    names, done = _with_widths(made, widths), dict(done or {})
+    current = place(made, made.floats, {n: o.fit for n, o in done.items()}, widths)
+    for group in made.passes:
+        wanted = [name for name in group if name in names and name not in done]
+        targets = made.sample(group, made.floats) if wanted else {}
+        for _, turn in groupby(wanted, lambda name: made.layers[name].input):
+            rows = made.sample(group, current)
+            for found in fit(made, widths, {name: rows[name] for name in turn}, targets):
+                done |= found
+                fits = {name: outcome.fit for name, outcome in found.items()}
+                current = place(made, current, fits, widths)
+                _report(done, names, found, on_site, progress)
+    return done
+
+
+def _with_widths(made: Problem, widths: Widths) -> list[str]:
+    return [name for name, site in made.layers.items() if site.path in widths.weights]
+
+
+def _report(
+    done: Mapping[str, Outcome],
+    names: Sequence[str],
+    found: Iterable[str],
+    on_site: OnSite | None,
+    progress: Progress | None,
+) -> None:
+    if on_site:
+        on_site(dict(done))
+    if progress:
+        progress(len(done), len(names), "fit " + ", ".join(found))
 
 
 def quantize(
@@ -893,7 +1019,7 @@ def quantize(
     sequential: bool = True,
     round_biases: bool = False,
     state: Mapping[str, Outcome] | None = None,
-    on_site: Callable[[Mapping[str, Outcome]], None] | None = None,
+    on_site: OnSite | None = None,
     progress: Progress | None = None,
     **options: Unpack[Options],
 ) -> tuple[Params, AdaQuantInfo]:
@@ -936,27 +1062,13 @@ def quantize(
     made = problem(apply_fn, params, calib, **options)
     widths = site_widths(made.sites.sites, weight_bits, act_bits, edge_bits, skip)
     require_weights(made.sites.sites, widths)
-    names = [n for n, site in made.layers.items() if site.path in widths.weights]
+    names = _with_widths(made, widths)
     _warn_of_few_rows(made, names)
     done = dict(state or {})
     if not set(done) <= set(names):
         raise ValueError(f"state: {sorted(set(done) - set(names))} are no layers to be fitted here")
-    current = place(made, made.floats, {n: o.fit for n, o in done.items()}, widths)
-    for group in made.passes:
-        wanted = [n for n in group if n in names and n not in done]
-        targets = made.sample(group, made.floats) if wanted else {}
-        turns = groupby(wanted, lambda n: made.layers[n].input) if sequential else [("", wanted)]
-        for _, turn in turns:
-            rows = made.sample(group, current) if sequential else targets
-            for found in fit(made, widths, {n: rows[n] for n in turn}, targets):
-                done |= found
-                if sequential:
-                    fits = {n: o.fit for n, o in found.items()}
-                    current = place(made, current, fits, widths)
-                if on_site:
-                    on_site(done)
-                if progress:
-                    progress(len(done), len(names), ", ".join(found))
+    run = fit_in_sequence if sequential else fit_in_parallel
+    done = run(made, widths, done, on_site=on_site, progress=progress)
     qtree = harden(made, {n: o.fit for n, o in done.items()}, widths, round_biases=round_biases)
     table = tuple(_row(made, s, widths, done.get(s.name)) for s in made.sites.sites)
     return qtree, AdaQuantInfo(table, made.sites.others, done)

@@ -1528,7 +1528,11 @@ def _affine(
 ) -> tuple[tuple[jax.Array, ...], str | None, int, list[jex.JaxprEqn]]:
     """Factor, shift, and whether they are the same everywhere; bias, sign, and what follows."""
     layers, channels = (prod(site.shape[i] for i in axes) for axes in (site.sliced, site.channels))
-    factor, shift, even = jnp.ones((layers, channels)), jnp.zeros((layers, channels)), jnp.array(1)
+    factor, shift, even = (
+        jnp.ones((layers, channels)),
+        jnp.zeros((layers, channels)),
+        jnp.array(True),
+    )
     bias, sign, eqns = None, 1, []
     for event in path:
         if event.operand is None:
@@ -1537,7 +1541,7 @@ def _affine(
         a, same = _per_channel(site, event.operand, leaves, (layers, channels))
         if a is None:
             break
-        even, bias = even * same, None
+        even, bias = even & same, None
         if event.name in ("add", "sub"):
             sign = 1 if event.name == "add" else -1
             shift, bias = shift + sign * a, event.operand.path
@@ -1553,10 +1557,12 @@ def _per_channel(
     """Leaves that meet a site's output, one number a channel, and whether that is all of them."""
     if site.loops:  # the operand is out of reach, but a leaf is known by its name
         leaf = leaves.get(operand.path) if operand.whole else None
-        return (None, 0) if leaf is None or leaf.size != prod(shape) else (leaf.reshape(shape), 1)
+        if leaf is None or leaf.size != prod(shape):
+            return None, False
+        return leaf.reshape(shape), True
     a = operand.numbers()
     if not _broadcasts(a.shape, site.out.shape):
-        return None, 0
+        return None, False
     a = jnp.broadcast_to(a, site.out.shape)
     first = a[tuple(slice(None if i in site.out_channels else 1) for i in range(a.ndim))]
     return first.astype(jnp.float32).reshape(shape), jnp.all(a == first)
