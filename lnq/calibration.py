@@ -111,6 +111,8 @@ def as_batches(calib: Any, size: int | None = None) -> list[Any]:
     if not batches:
         raise ValueError("calib: no batch; give at least one example")
     counts = [batch_size(batch) for batch in batches]
+    if size is None or max(counts) <= size:
+        return batches
     return [
         jax.tree.map(lambda a, i=i, n=n: a[i : i + n], batch)
         for batch, n in zip(batches, (size or count for count in counts), strict=True)

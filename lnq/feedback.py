@@ -44,7 +44,7 @@ def second_moment(x: jax.Array, damping: float = 0.01) -> jax.Array:
     x = x.astype(jnp.float32)
     h = jnp.einsum("...ri,...rj->...ij", x, x) / x.shape[-2]
     mean = jnp.trace(h, axis1=-2, axis2=-1)[..., None, None] / x.shape[-1]
-    return h + jnp.maximum(damping * mean, 1e-12) * jnp.eye(x.shape[-1])
+    return h + jnp.maximum(damping * mean, 1e-12) * jnp.broadcast_to(jnp.eye(x.shape[-1]), h.shape)
 
 
 def least_squares(x: jax.Array, y: jax.Array, w: jax.Array, damping: float = 0.01) -> jax.Array:

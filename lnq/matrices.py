@@ -124,8 +124,7 @@ def _windows(x: jax.Array, site: Site, window: Window, places: jax.Array) -> jax
         for (low, high), step in zip(window.padding, window.dilation, strict=True)
     ]
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *edges])
-    kernel = [site.shape[i] for i in site.contracting[1:]]
-    reach = [1 + (k - 1) * d for k, d in zip(kernel, window.kernel_dilation, strict=True)]
+    reach = [1 + (k - 1) * d for k, d in zip(window.kernel, window.kernel_dilation, strict=True)]
     sizes = [
         (n - r) // stride + 1
         for n, r, stride in zip(x.shape[2:], reach, window.strides, strict=True)

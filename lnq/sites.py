@@ -21,7 +21,7 @@ calls, loops, branches and shards; the five functions.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
-from itertools import pairwise
+from itertools import combinations, groupby, pairwise
 from math import prod
 from typing import Any, NamedTuple
 
@@ -66,6 +66,7 @@ class Window(NamedTuple):
       strides: Steps.
       padding: Zeros before and behind.
       dilation: Step between entries of the data, once zeros are put between them.
+      kernel: Size of the kernel.
       kernel_dilation: Step between entries of the data that meet neighbours in the kernel.
       groups: Blocks of features that have kernels of their own.
     """
@@ -74,6 +75,7 @@ class Window(NamedTuple):
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
+    kernel: tuple[int, ...]
     kernel_dilation: tuple[int, ...]
     groups: int
 
@@ -458,9 +460,30 @@ def _view(eqn: jex.JaxprEqn, weight: _Weight, rest: Sequence[Any]) -> list[_Weig
     for params, var, new, part in zip(every, eqn.outvars, news, moved, strict=True):
         axes = view.axes(params, weight.axes, old, new) if weight.path is not None else ()
         value = replace(part, dtype=_aval(var).dtype) if is_quantized(part) else part
-        whole = weight.whole and name not in PARTIAL
+        whole = weight.whole and name not in PARTIAL and _in_order(eqn, weight)
         parts.append(replace(weight, value=value, axes=axes, whole=whole))
     return parts
+
+
+def _in_order(eqn: jex.JaxprEqn, weight: _Weight) -> bool:
+    """Whether parts that an axis of the leaf was split into stay together and in their order."""
+    if eqn.primitive.name == "transpose":
+        return _ascending(weight.axes, eqn.params["permutation"])
+    if eqn.primitive.name != "reshape":
+        return True
+    order = _order(eqn.params, weight.value.shape)
+    old = tuple(weight.value.shape[i] for i in order)
+    runs = [
+        [axis for axis, _ in groupby(axis for i in before for axis in weight.axes[order[i]])]
+        for before, _ in _regrouped(old, tuple(_aval(eqn.outvars[0]).shape))
+    ]
+    once = all(len(run) == len(set(run)) for run in runs)
+    return once and _ascending(weight.axes, order)
+
+
+def _ascending(axes: Sequence[tuple[int, ...]], order: Sequence[int]) -> bool:
+    """Whether axes of a view that have an axis of the leaf in common keep their order."""
+    return all(i < j or not {*axes[i]} & {*axes[j]} for i, j in combinations(order, 2))
 
 
 # The interpreter.
@@ -471,23 +494,23 @@ class _Event(NamedTuple):
 
     Attributes:
       name: Of its function.
+      eqn: The equation.
       reads: Identities of the data it reads.
       writes: Identity of its first result.
       leaves: Names of the leaves it reads.
       elementwise: Whether entries of one array become entries of a result of its shape.
       affine: Whether it adds leaves to the data, or multiplies the data by them.
       operand: These leaves, as they meet the data.
-      eqn: The equation.
     """
 
     name: str
+    eqn: jex.JaxprEqn
     reads: tuple[int, ...]
     writes: int = -1
     leaves: tuple[str, ...] = ()
     elementwise: bool = False
     affine: bool = False
     operand: _Weight | None = None
-    eqn: jex.JaxprEqn | None = None
 
 
 class _Axes(NamedTuple):
@@ -818,6 +841,7 @@ def _site(scope: _Scope, eqn: jex.JaxprEqn, side: int, weight: _Weight, axes: _A
         weight.whole
         and eqn.primitive.name in INTEGER_PRODUCTS
         and eqn.params.get("batch_group_count", 1) == 1
+        and all(_ascending(weight.axes, part) for part in axes[:3])
         and same_size(axes.weight_sum, contracting)
         and same_size([axes.weight_batch[i] for i in shared], batch)
         and same_size(axes.weight_free, channels)
@@ -850,12 +874,13 @@ def _site(scope: _Scope, eqn: jex.JaxprEqn, side: int, weight: _Weight, axes: _A
 def _window(eqn: jex.JaxprEqn) -> Window | None:
     if eqn.primitive.name != "conv_general_dilated":
         return None
-    params = eqn.params
+    params, numbers = eqn.params, eqn.params["dimension_numbers"]
     return Window(
-        axes=tuple(params["dimension_numbers"].lhs_spec[2:]),
+        axes=tuple(numbers.lhs_spec[2:]),
         strides=tuple(params["window_strides"]),
         padding=tuple(map(tuple, params["padding"])),
         dilation=tuple(params["lhs_dilation"]),
+        kernel=tuple(_aval(eqn.invars[1]).shape[i] for i in numbers.rhs_spec[2:]),
         kernel_dilation=tuple(params["rhs_dilation"]),
         groups=params["feature_group_count"],
     )
@@ -885,13 +910,13 @@ def _observe(scope: _Scope, eqn: jex.JaxprEqn, inputs: list[Any], outputs: list[
     scope.events.append(
         _Event(
             name=name if name in (*PASSED, *AFFINE) else _function_name(eqn),
+            eqn=eqn,
             reads=tuple(map(id, data)),
             writes=id(outputs[0]),
             leaves=tuple(path for v in inputs if isinstance(v, _Weight) for path in v.sources),
             elementwise=_is_elementwise(eqn) and all(np.shape(v) == aval.shape for v in data),
             affine=name in AFFINE and ordered,
             operand=next((v for v in inputs if isinstance(v, _Weight)), None),
-            eqn=eqn,
         )
     )
 
@@ -1533,18 +1558,19 @@ def _affine(
         jnp.zeros((layers, channels)),
         jnp.array(True),
     )
-    bias, sign, eqns = None, 1, []
+    bias, sign, eqns, moved = None, 1, [], False
     for event in path:
+        moved |= _aval(event.eqn.outvars[0]).shape != site.out.shape
         if event.operand is None:
             eqns += [event.eqn] if event.name not in PASSED else []
             continue
         a, same = _per_channel(site, event.operand, leaves, (layers, channels))
-        if a is None:
+        if a is None or moved:
             break
         even, bias = even & same, None
         if event.name in ("add", "sub"):
             sign = 1 if event.name == "add" else -1
-            shift, bias = shift + sign * a, event.operand.path
+            shift, bias = shift + sign * a, _sorted_path(event.operand)
         else:
             a = a if event.name == "mul" else 1.0 / a
             factor, shift = factor * a, shift * a
@@ -1556,16 +1582,36 @@ def _per_channel(
 ) -> tuple[jax.Array | None, Any]:
     """Leaves that meet a site's output, one number a channel, and whether that is all of them."""
     if site.loops:  # the operand is out of reach, but a leaf is known by its name
-        leaf = leaves.get(operand.path) if operand.whole else None
-        if leaf is None or leaf.size != prod(shape):
-            return None, False
-        return leaf.reshape(shape), True
+        return _of_each_layer(site, operand, leaves, shape), True
     a = operand.numbers()
     if not _broadcasts(a.shape, site.out.shape):
         return None, False
     a = jnp.broadcast_to(a, site.out.shape)
     first = a[tuple(slice(None if i in site.out_channels else 1) for i in range(a.ndim))]
     return first.astype(jnp.float32).reshape(shape), jnp.all(a == first)
+
+
+def _of_each_layer(
+    site: Site, operand: _Weight, leaves: Mapping[Any, jax.Array], shape: tuple[int, int]
+) -> jax.Array | None:
+    """A leaf that is sliced as the site's is, and has an entry for each channel and no other."""
+    stack = tuple(pair for pair in site.stack if pair[0] not in site.shards)
+    known = operand.path is not None and operand.whole and operand.stack == stack
+    if not known or len(operand.axes) != len(site.out.shape):
+        return None
+    channels = [axis for i in site.out_channels for axis in operand.axes[i]]
+    order = (*operand.sliced, *channels)
+    ones = [i for i, n in enumerate(operand.shape) if n == 1 and i not in order]
+    if len({*ones, *order}) != len(operand.shape) or prod(operand.shape) != prod(shape):
+        return None
+    return leaves[operand.path].transpose(*ones, *order).astype(jnp.float32).reshape(shape)
+
+
+def _sorted_path(operand: _Weight) -> str | None:
+    """Name of a leaf that meets the data as it stands, its axes in their order."""
+    axes = [*operand.sliced, *(axis for behind in operand.axes for axis in behind)]
+    order = [axis for axis in axes if operand.shape[axis] > 1]
+    return operand.path if operand.whole and order == sorted(order) else None
 
 
 def _follow(eqns: Sequence[jex.JaxprEqn], y: jax.Array) -> jax.Array:

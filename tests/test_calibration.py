@@ -192,6 +192,39 @@ def test_saved_statistics_come_back_as_they_were(calibrated, tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
+def test_saved_convolutions_come_back_with_their_window(tmp_path):
+    def model(p, x):
+        layout = ("NCHW", "OIHW", "NCHW")
+        x = jax.lax.conv_general_dilated(
+            x,
+            p["oihw"],
+            (2, 1),
+            ((0, 3), (1, 0)),
+            lhs_dilation=(1, 2),
+            rhs_dilation=(1, 3),
+            dimension_numbers=layout,
+            feature_group_count=2,
+        )
+        return x @ p["dense"]
+
+    rng = np.random.default_rng(3)
+    params = {
+        name: rng.normal(size=shape).astype(np.float32)
+        for name, shape in {"oihw": (4, 1, 3, 2), "dense": (7, 3)}.items()
+    }
+    found = calibration.calibrate(model, params, rng.normal(size=(3, 2, 5, 5)).astype(np.float32))
+    calibration.save(tmp_path / "stats.npz", found)
+    restored = calibration.load(tmp_path / "stats.npz")
+    conv, dense = restored.sites.sites
+    assert conv.window == ((2, 3), (2, 1), ((0, 3), (1, 0)), (1, 2), (3, 2), (1, 3), 2)
+    assert conv.window == found.sites.sites[0].window
+    assert conv.window.padding == ((0, 3), (1, 0))
+    assert type(conv.window) is type(found.sites.sites[0].window)
+    assert dense.window is None
+    assert restored.sites == found.sites
+    assert hash(restored.sites.sites[0]) == hash(found.sites.sites[0])
+
+
 def test_another_file_is_not_taken_for_statistics(tmp_path):
     np.savez(tmp_path / "other.npz", x=np.ones(3))
     with pytest.raises(ValueError, match="not a file of calibration statistics"):

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from lnq import tree
 from lnq.quantizer import FakeQuantTensor, QTensor, dequantize, is_quantized, make_qparams
-from lnq.sites import Stat, find_sites, perturbed, quantized, tap
+from lnq.sites import Stat, find_sites, perturbed, quantized, tails, tap
 
 every_model = pytest.mark.parametrize("model", GALLERY, ids=lambda model: model.name)
 MODELS = {model.name: model for model in GALLERY}
@@ -1038,3 +1038,550 @@ def test_float_leaves_with_grids_for_their_data_round_the_data_alone(dtype):
         distance(grad.values, rounded.astype(jnp.float32).sum(0)[:, None] * np.ones((1, 5))) < 1e-2
     )
     assert float(jnp.abs(grad.acts[0].scale).max()) > 0.0
+
+
+# What sites return.
+
+
+def made_by_twin(name, sign=1.0):
+    """The model's output, and ``{site: {turn: [output]}}``."""
+    model, made = MODELS[name], {}
+
+    def see(site, x, out, *turn):
+        made.setdefault(site, {}).setdefault(turn, []).append(np.asarray(out))
+        return out
+
+    out = TWINS[name](model.params, see, *[sign * x for x in model.args])
+    return out, made
+
+
+@pytest.mark.parametrize(
+    "name", ["linen stack on the last axis", "while", "cond", "deep RNN", "FSDP"]
+)
+def test_statistics_of_outputs_are_those_of_all_products(name):
+    model = MODELS[name]
+    run = jax.jit(tap(model.apply_fn, TOTAL, outputs=True))
+    for sign in (1.0, -1.0) if name == "cond" else (1.0,):
+        expected, made = made_by_twin(name, sign)
+        out, stats = run(model.params, *[sign * x for x in model.args])
+        assert distance(out, expected) < 1e-5
+        for site in found(name).sites:
+            turns = made.get(site.name, {(): []})
+            if site.shards:  # all devices together
+                turns = {(): [y for part in turns.values() for y in part]}
+            parts = [turns[turn] for turn in sorted(turns)]
+            total = [sum(y.sum(dtype=np.float64) for y in part) for part in parts]
+            largest = [max((y.max() for y in part), default=-np.inf) for part in parts]
+            stat = {key: np.ravel(a) for key, a in stats[site.name].items()}
+            np.testing.assert_allclose(stat["sum"], total, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(stat["max"], largest, rtol=1e-5)
+
+
+def test_raw_outputs_are_stacked_by_scans_and_cannot_leave_a_while():
+    model = MODELS["linen stack on the last axis"]
+    made = made_by_twin(model.name)[1]["params/dense/kernel"]
+    _, outputs = jax.jit(tap(model.apply_fn, RAW, outputs=True))(model.params, *model.args)
+    expected = np.concatenate([made[turn] for turn in sorted(made)])
+    np.testing.assert_allclose(outputs["params/dense/kernel"], expected, rtol=1e-5, atol=1e-6)
+    model = MODELS["while"]
+    with pytest.raises(ValueError, match="Stat with `init` and `merge`"):
+        tap(model.apply_fn, RAW, outputs=True)(model.params, *model.args)
+
+
+LARGEST = Stat(lambda y, site: jnp.abs(y).max())
+
+
+def test_later_sites_see_what_becomes_of_an_output():
+    params = {"a": array((6, 5), 1), "b": array((5, 4), 2)}
+
+    def model(p, x):
+        return jnp.tanh(x @ p["a"]) @ p["b"]
+
+    def through(y, grid, statistic):
+        assert grid is None
+        return jnp.round(8.0 * y / statistic) / 2.0
+
+    out, seen = jax.jit(tap(model, LARGEST, None, through, outputs=True))(params, ROWS)
+    first = np.float64(ROWS) @ params["a"]
+    second = np.tanh(np.round(8.0 * first / np.abs(first).max()) / 2.0) @ params["b"]
+    assert distance(seen, {"a": np.abs(first).max(), "b": np.abs(second).max()}) < 1e-6
+    assert distance(out, np.round(8.0 * second / np.abs(second).max()) / 2.0) < 1e-6
+
+
+def test_in_a_scan_each_output_is_changed_by_its_own_statistic():
+    ws = array((3, 6, 6), 4, spread=0.4)
+    run = tap(scanned, LARGEST, None, lambda y, grid, top: y / top - 0.5, outputs=True)
+    out, seen = jax.jit(run)(ws, ROWS)
+    x, expected = np.float64(ROWS), []
+    for w in np.float64(ws):
+        expected.append(np.abs(x @ w).max())
+        x = x @ w / expected[-1] - 0.5
+    assert distance(seen[""], np.array(expected)) < 1e-6
+    assert distance(out, x) < 1e-6
+
+
+# Quantized trees.
+
+
+def test_later_sites_of_a_quantized_tree_see_what_the_quantized_model_computes():
+    model = MODELS["linen MLP"]
+    first, last = "params/Dense_1/kernel", "params/Dense_0/kernel"
+    qtree = quantized_tree(model, coarse_act=first)  # data of the first layer in 2 bits
+    layer = qtree["params"]["Dense_1"]
+    w, (act,) = (
+        oracles.dequantize(layer["kernel"].codes, layer["kernel"].qparams),
+        layer["kernel"].acts,
+    )
+    product = oracles.dequantize(oracles.quantize(ROWS, act), act) @ w
+    hidden = np.maximum(product + np.float64(layer["bias"]), 0.0)
+    of_floats = np.maximum(np.float64(ROWS) @ w + np.float64(layer["bias"]), 0.0)
+    assert distance(of_floats, hidden) > 0.1
+
+    @jax.jit
+    def run(qtree, x):
+        out, data = tap(model.apply_fn, RAW)(qtree, x)
+        return out, data, tap(model.apply_fn, RAW, outputs=True)(qtree, x)[1]
+
+    out, data, made = run(qtree, ROWS)
+    assert distance(data, {first: ROWS, last: hidden}) < 1e-6
+    assert distance(made[first], product) < 1e-6
+    assert distance(out, jitted(model.name)[1](qtree, ROWS)) < 1e-6
+
+
+def test_outputs_of_products_of_int8_are_seen():
+    _, qtree, expected = small()
+    apply_fn = MODELS["linen MLP"].apply_fn
+    out, made = jax.jit(tap(apply_fn, RAW, outputs=True))(qtree, ROWS)
+    assert distance(out, expected) < 1e-6
+    bias = qtree["params"]["Dense_0"]["bias"]
+    assert distance(made["params/Dense_0/kernel"], expected - bias[None]) < 1e-5
+
+
+def test_layers_of_a_quantized_scan_see_the_rounded_layers_before_them():
+    ws, scales = array((3, 6, 6), 4, spread=0.4), np.array([0.25, 0.5, 1.0])
+    grid = make_qparams(scales.reshape(3, 1, 1), qmin=-8, qmax=7)
+    leaf = quantized_leaf(ws, (1,), 3, (grid,))
+    out, data = jax.jit(tap(scanned, RAW))(leaf, ROWS)
+    x, expected = np.float64(ROWS), []
+    for w, scale in zip(oracles.dequantize(leaf.codes, leaf.qparams), scales, strict=True):
+        expected.append(x)
+        x = np.clip(np.round(x / scale), -8, 7) * scale @ w
+    assert distance(data[""], np.array(expected)) < 1e-6
+    assert distance(out, x) < 1e-6
+
+
+# What becomes of a site's output.
+
+
+def followed(tail, site, y):
+    """A tail on outputs of its site: of each layer of its leaf, or of every turn."""
+    layers, channels = tail.factor.shape
+    own = [y.ndim - len(site.out.shape) + i for i in site.out_channels]
+    moved = np.moveaxis(np.float32(y), own, range(-len(own), 0))
+    factor, shift = (np.asarray(a)[:, None] for a in (tail.factor, tail.shift))
+    flat = tail.follow(jnp.asarray(factor * moved.reshape(layers, -1, channels) + shift))
+    assert flat.dtype == jnp.float32
+    return np.moveaxis(np.asarray(flat).reshape(moved.shape), range(-len(own), 0), own)
+
+
+def at_the_end(value):
+    return jnp.flip(value, -1), value
+
+
+def norm(p, h):
+    return at_the_end(jax.nn.relu((h - p["c"]) / p["s"] - p["b"]))
+
+
+def softmax_by_head(p, h):
+    value = jnp.tanh(h.reshape(8, 3))
+    return jax.nn.softmax(value), value
+
+
+TAILS = {
+    # name: what a model makes of h, and the value it goes on with behind the tail; bias, sign
+    "bias": (lambda p, h: at_the_end(jax.nn.relu(h + p["b"])), "b", 1),
+    "bias first": (lambda p, h: at_the_end(jnp.tanh(p["b"] + h)), "b", 1),
+    "subtracted": (lambda p, h: at_the_end(jnp.exp(h - p["b"])), "b", -1),
+    "scale and bias": (lambda p, h: at_the_end(h * p["s"] + p["b"]), "b", 1),
+    "bias and scale": (lambda p, h: at_the_end(p["s"] * (h + p["b"])), None, 1),
+    "norm": (norm, "b", -1),
+    "two biases": (lambda p, h: at_the_end(h - p["c"] + p["b"]), "b", 1),
+    "relu6": (lambda p, h: at_the_end(jax.nn.relu6(4.0 * (h + p["b"]))), "b", 1),
+    "silu": (lambda p, h: at_the_end(jax.nn.silu(h + p["b"])), "b", 1),
+    "hard swish": (lambda p, h: at_the_end(jax.nn.hard_swish(h - p["b"])), "b", -1),
+    "leaky": (lambda p, h: at_the_end(jax.nn.leaky_relu(h + p["b"], 0.3)), "b", 1),
+    "clip": (lambda p, h: at_the_end(jnp.clip(h + p["b"], -0.2, 0.3)), "b", 1),
+    "numbers": (lambda p, h: at_the_end(0.3 - 2.0 * (h + p["b"]) ** 3), "b", 1),
+    "no leaf": (lambda p, h: at_the_end(jax.nn.silu(jnp.abs(h))), None, 1),
+    "one number": (lambda p, h: at_the_end(jnp.tanh(h + p["one"])), "one", 1),
+    "made of leaves": (lambda p, h: at_the_end(h - (p["b"] + p["c"])), None, -1),
+    # Where it ends.
+    "function, then bias": (lambda p, h: ((a := jnp.tanh(h)) + p["b"], a), None, 1),
+    "residual": (lambda p, h: (jnp.tanh((a := h + p["b"]) + ROWS), a), "b", 1),
+    "fork": (lambda p, h: (jax.nn.gelu(a := h - p["b"]), a), "b", -1),
+    "fork at once": (lambda p, h: (jnp.tanh(h) * h + p["b"], h), None, 1),
+    "from a leaf": (lambda p, h: (p["b"] - h, h), None, 1),
+    "larger of a leaf": (lambda p, h: (jnp.maximum(a := h + p["c"], p["b"]), a), "c", 1),
+    "sum over rows": (lambda p, h: (jnp.tanh((a := h + p["c"]).sum(0)), a), "c", 1),
+    "softmax": (lambda p, h: (jax.nn.softmax(a := h - p["c"]), a), "c", -1),
+    "one for each row": (lambda p, h: (jnp.tanh(h + p["rows"]), h), None, 1),
+    "bias, then one for each row": (lambda p, h: (h + p["b"] + p["rows"], h), None, 1),
+    "reshape, then bias": (lambda p, h: (h.reshape(2, 2, 6) + p["b"][None], h), None, 1),
+    "reshape, then function": (softmax_by_head, None, 1),
+    "transpose, then bias": (lambda p, h: (h[:, :4].T + p["b"][:, :4], h), None, 1),
+}
+
+
+@functools.cache
+def all_tails():
+    """One model of them all; a site each. Run again with other biases, one at a time."""
+    shapes = {"b": (1, 6), "s": (1, 6), "c": (1, 6), "one": (1, 1), "rows": (4, 1)}
+    params = gallery.weights(**shapes) | {
+        name: array((6, 6), i, 0.05, 0.4) for i, name in enumerate(TAILS)
+    }
+
+    def model(p, x):
+        return {name: rest(p, x @ p[name]) for name, (rest, _, _) in TAILS.items()}
+
+    run = jax.jit(tap(model, RAW, outputs=True))
+    changes = {name: array(shapes[name], 77) for name in ("b", "c", "one")}
+    runs = {
+        name: run(params | {name: params[name] + change}, ROWS) for name, change in changes.items()
+    }
+    runs[None] = run(params, ROWS)
+    return by_path(model, params, ROWS), tails(model, params, ROWS), runs, changes
+
+
+@pytest.mark.parametrize("name", TAILS)
+def test_a_tail_gives_what_the_model_goes_on_with(name):
+    _, bias, sign = TAILS[name]
+    sites, ends, runs, changes = all_tails()
+    tail = ends[name]
+    assert (tail.bias, tail.bias_sign) == (bias, sign)
+    outs, made = runs[None]
+    value = np.ravel(outs[name][1])
+    assert distance(followed(tail, sites[name], made[name]).ravel(), value) < 1e-6
+    if bias is None:
+        return
+    other = np.ravel(runs[bias][0][name][1])
+    assert distance(other, value) > 1e-2
+    moved = tail._replace(shift=tail.shift + sign * changes[bias])
+    assert distance(followed(moved, sites[name], made[name]).ravel(), other) < 1e-5
+
+
+def halved(p, x):
+    half = jnp.bfloat16
+    h = x.astype(half) @ p["w"].astype(half) + p["b"].astype(half)
+    return at_the_end(jax.nn.silu(h).astype(jnp.float32))
+
+
+def normed_conv(p, x):
+    h = conv(NCHW, strides=(2, 1), groups=2)(p["w"], x)
+    return at_the_end(jax.nn.relu(h * p["s"][None] + p["b"]))
+
+
+def own_biases(p, x):
+    h = jnp.einsum("ten,eno->eto", x, p["w"])
+    return h + p["b"], h
+
+
+SHAPED_TAILS = {
+    # name: model, shapes of its leaves, shape of the data, bias
+    "leaf on the left": (
+        lambda p, x: at_the_end(jnp.tanh(p["w"] @ x.T + p["b"])),
+        {"w": (5, 6), "b": (5, 1)},
+        (4, 6),
+        "b",
+    ),
+    "bias transposed": (
+        lambda p, x: at_the_end(jnp.tanh(p["w"] @ x.T + p["b"].T)),
+        {"w": (5, 6), "b": (1, 5)},
+        (4, 6),
+        "b",
+    ),
+    "heads": (
+        lambda p, x: at_the_end(jnp.einsum("tk,khd->thd", x, p["w"]) + p["b"][None]),
+        {"w": (6, 2, 3), "b": (2, 3)},
+        (4, 6),
+        "b",
+    ),
+    "NCHW, grouped": (
+        normed_conv,
+        {"w": (6, 2, 3, 2), "b": (1, 6, 1, 1), "s": (6, 1, 1)},
+        (2, 4, 5, 6),
+        "b",
+    ),
+    "experts, one bias": (
+        lambda p, x: at_the_end(jnp.einsum("ten,eno->eto", x, p["w"]) + p["b"]),
+        {"w": (3, 6, 5), "b": (1, 1, 5)},
+        (4, 3, 6),
+        "b",
+    ),
+    "experts, biases of their own": (
+        own_biases,
+        {"w": (3, 6, 5), "b": (3, 1, 5)},
+        (4, 3, 6),
+        None,
+    ),
+    "bfloat16": (halved, {"w": (6, 5), "b": (1, 5)}, (4, 6), "b"),
+}
+
+
+@functools.cache
+def shaped_tails():
+    params = {name: gallery.weights(**case[1]) for name, case in SHAPED_TAILS.items()}
+    xs = {name: array(case[2], 3, 0.5) for name, case in SHAPED_TAILS.items()}
+
+    def model(params, xs):
+        return {name: case[0](params[name], xs[name]) for name, case in SHAPED_TAILS.items()}
+
+    outs, made = jax.jit(tap(model, RAW, outputs=True))(params, xs)
+    return by_path(model, params, xs), tails(model, params, xs), outs, made
+
+
+@pytest.mark.parametrize("name", SHAPED_TAILS)
+def test_a_tail_is_along_the_channels_wherever_they_are(name):
+    bias = SHAPED_TAILS[name][-1]
+    sites, ends, outs, made = shaped_tails()
+    leaf = f"{name}/w"
+    assert ends[leaf].bias == (f"{name}/{bias}" if bias else None)
+    # In bfloat16 the model rounds the sum with the bias, the tail does not.
+    tolerance = 5e-3 if name == "bfloat16" else 1e-6
+    assert distance(followed(ends[leaf], sites[leaf], made[leaf]), outs[name][1]) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "moments", "affine"),
+    [
+        ("linen CNN", "params/Conv_0/kernel", "batch_stats/BatchNorm_0", "params/BatchNorm_0"),
+        ("nnx CNN", "conv/kernel", "norm", "norm"),
+    ],
+    ids=["linen", "nnx"],
+)
+def test_batch_norm_is_one_factor_and_one_shift(name, kernel, moments, affine):
+    model = MODELS[name]
+    leaves = {path: np.asarray(leaf) for path, leaf in tree.named_leaves(model.params)}
+    tail = tails(model.apply_fn, model.params, *model.args)[kernel]
+    factor = leaves[f"{affine}/scale"] / np.sqrt(leaves[f"{moments}/var"] + 1e-5)
+    shift = leaves[f"{affine}/bias"] - factor * leaves[f"{moments}/mean"]
+    np.testing.assert_allclose(tail.factor, factor[None], rtol=1e-5)
+    np.testing.assert_allclose(tail.shift, shift[None], rtol=1e-4, atol=1e-6)
+    assert (tail.bias, tail.bias_sign) == (f"{affine}/bias", 1)
+    np.testing.assert_array_equal(tail.follow(jnp.array([-0.5, 0.5])), [0.0, 0.5])
+
+
+LATEST = Stat(
+    lambda x, _: x,
+    lambda like: jnp.zeros(like.shape, like.dtype),
+    lambda a, b: jnp.where(jnp.any(b != 0), b, a),
+)
+"""What came by last."""
+
+NEXT = {
+    # model: a site, what stands behind its tail, the site that reads it
+    "linen CNN": ("params/Conv_0/kernel", lambda y: y.mean((1, 2)), "params/Dense_0/kernel"),
+    "linen scanned transformer": (
+        "params/layers/CheckpointBlock_0/Dense_1/kernel",
+        jax.nn.gelu,
+        "params/layers/CheckpointBlock_0/Dense_0/kernel",
+    ),
+    "dataclass": ("0/kernel", jnp.asarray, "1/kernel"),
+    "unusual convolutions": ("oihw", jnp.asarray, "iwo"),
+    "while": ("w", jnp.asarray, "out"),
+    "FSDP": ("w", jnp.asarray, "v"),
+}
+
+
+@pytest.mark.parametrize("name", NEXT)
+def test_the_tail_of_a_site_is_what_the_next_one_reads(name):
+    model, (first, between, second) = MODELS[name], NEXT[name]
+    site = next(site for site in found(name).sites if site.name == first)
+    tail = tails(model.apply_fn, model.params, *model.args)[first]
+    stat = LATEST if name == "while" else RAW
+
+    @jax.jit
+    def run(params, *args):
+        made = tap(model.apply_fn, stat, lambda s: s.name == first, outputs=True)(params, *args)
+        read = tap(model.apply_fn, stat, lambda s: s.name == second)(params, *args)
+        return made[1][first], read[1][second]
+
+    y, x = run(model.params, *model.args)
+    assert distance(between(followed(tail, site, y)).ravel(), np.ravel(x)) < 1e-5
+
+
+# Tails in loops.
+
+
+def layer(x, leaves):
+    """The value it goes on with is returned too."""
+    w, s, b = leaves
+    x = jnp.tanh((x @ w) * s - b)
+    return x, x
+
+
+def one_stack(p, x):
+    return lax.scan(layer, x, (p["w"], p["s"], p["b"]))
+
+
+def two_stacks(p, x):
+    def stage(x, leaves):
+        return lax.scan(layer, x, leaves, reverse=True)
+
+    return lax.scan(stage, x, (p["w"], p["s"], p["b"]))
+
+
+@pytest.mark.parametrize(
+    ("model", "lengths"), [(one_stack, (3,)), (two_stacks, (2, 3))], ids=["scan", "nested scans"]
+)
+def test_each_layer_of_a_scan_has_its_own_tail(model, lengths):
+    params = gallery.weights(w=(*lengths, 6, 6), s=(*lengths, 1, 6), b=(*lengths, 1, 6))
+    tail, site = tails(model, params, ROWS)["w"], by_path(model, params, ROWS)["w"]
+    np.testing.assert_allclose(tail.factor, params["s"].reshape(-1, 6), rtol=1e-6)
+    np.testing.assert_allclose(tail.shift, -params["b"].reshape(-1, 6), rtol=1e-6)
+    assert (tail.bias, tail.bias_sign) == ("b", -1)
+    (_, value), made = jax.jit(tap(model, RAW, outputs=True))(params, ROWS)
+    assert distance(followed(tail, site, made["w"]), value) < 1e-6
+
+
+def constant_bias(p, x):
+    def turn(x, i):
+        value = jax.nn.relu(x @ p["w"] + p["b"])
+        return value + i, value
+
+    return lax.scan(turn, x, jnp.arange(3.0))
+
+
+def one_bias_for_all_layers(p, x):
+    def layer(x, w):
+        h = x @ w
+        return jnp.tanh(h + p["b"]), h
+
+    return lax.scan(layer, x, p["w"])
+
+
+def in_a_branch(p, x):
+    def yes(x):
+        value = jnp.tanh(x @ p["w"] + p["b"])
+        return jnp.flip(value, 0), value
+
+    return lax.cond(x.sum() > 0, yes, lambda x: (x, x), x)
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "bias"),
+    [(constant_bias, (), "b"), (one_bias_for_all_layers, (3,), None), (in_a_branch, (), "b")],
+    ids=["turns share a leaf", "a leaf of another size ends it", "branch"],
+)
+def test_in_loops_a_tail_is_what_its_leaves_and_their_sizes_say(model, layers, bias):
+    params = gallery.weights(w=(*layers, 6, 6), b=(1, 6))
+    tail, site = tails(model, params, ROWS)["w"], by_path(model, params, ROWS)["w"]
+    assert (tail.bias, tail.bias_sign) == (bias, 1)
+    stat = LATEST if model is in_a_branch else RAW
+    (_, value), made = jax.jit(tap(model, stat, outputs=True))(params, ROWS)
+    assert distance(followed(tail, site, made["w"]), value) < 1e-6
+
+
+def test_a_tail_is_that_of_the_float_values_of_a_quantized_leaf():
+    params = {"w": array((6, 5), 1), "b": array((1, 5), 2), "s": array((1, 5), 3, 1.0, 0.1)}
+    qtree = params | {"s": quantized_leaf(params["s"], (0, 1), 4)}
+
+    def model(p, x):
+        return (x @ p["w"]) * p["s"] - p["b"]
+
+    tail = tails(model, qtree, ROWS)["w"]
+    s = oracles.dequantize(qtree["s"].codes, qtree["s"].qparams)
+    np.testing.assert_allclose(tail.factor, s, rtol=1e-5)
+    np.testing.assert_allclose(tail.shift, -params["b"], rtol=1e-6)
+
+
+# Leaves in loops that have the size of the channels, and are something else.
+
+
+def test_layers_on_the_last_axis_have_their_own_biases():
+    model = MODELS["linen stack on the last axis"]
+    tail = tails(model.apply_fn, model.params, *model.args)["params/dense/kernel"]
+    bias = model.params["params"]["dense"]["bias"]
+    np.testing.assert_array_equal(tail.shift, bias.T)
+
+
+def one_for_each_place(p, x):
+    def turn(x, i):
+        h = x @ p["w"]
+        return jnp.tanh(h + p["b"]) + i, h
+
+    return lax.scan(turn, x, jnp.arange(2.0))
+
+
+def one_number_for_each_turn(p, x):
+    def turn(x, number):
+        h = x @ p["w"]
+        return jnp.tanh(h + number), h
+
+    return lax.scan(turn, x, p["b"])
+
+
+def layers_transposed(p, x):
+    def layer(x, leaves):
+        w, b = leaves
+        value = jnp.tanh(x @ w + b[None])
+        return value, value
+
+    return lax.scan(layer, x, (p["w"], p["b"].T))
+
+
+IN_LOOPS = {
+    "one for each place": (one_for_each_place, {"w": (6, 6), "b": (6, 1)}),
+    "one number for each turn": (one_number_for_each_turn, {"w": (6, 6), "b": (6, 1, 1)}),
+    "layers on the last axis": (layers_transposed, {"w": (6, 6, 6), "b": (6, 6)}),
+}
+
+
+@pytest.mark.parametrize("case", IN_LOOPS.values(), ids=IN_LOOPS)
+def test_in_a_loop_a_leaf_is_known_by_more_than_its_size(case):
+    model, shapes = case
+    params, x = gallery.weights(**shapes), array((6, 6), 2, 0.5)
+    tail, site = tails(model, params, x)["w"], by_path(model, params, x)["w"]
+    (_, value), made = jax.jit(tap(model, RAW, outputs=True))(params, x)
+    assert distance(followed(tail, site, made["w"]), value) < 1e-6
+
+
+def test_a_reshape_that_mixes_channels_ends_a_tail():
+    def model(p, x):
+        h = lax.conv_general_dilated(
+            x, p["w"], (1,), "SAME", dimension_numbers=("NCW", "OIW", "NCW")
+        )
+        return h.reshape(3, 6, 2) + p["b"], h
+
+    params = gallery.weights(w=(6, 2, 3), b=(1, 6, 1))
+    x = array((2, 2, 3), 2, 0.5)
+    tail, site = tails(model, params, x)["w"], by_path(model, params, x)["w"]
+    (_, value), made = jax.jit(tap(model, RAW, outputs=True))(params, x)
+    assert tail.bias is None
+    assert distance(followed(tail, site, made["w"]), value) < 1e-6
+
+
+TURNED = {
+    "reversed": (lambda p, x: at_the_end(x @ p["w"] + p["b"][:, ::-1]), {"w": (6, 6), "b": (1, 6)}),
+    "one of several": (
+        lambda p, x: at_the_end(x @ p["w"] - p["b"][1]),
+        {"w": (6, 6), "b": (2, 1, 6)},
+    ),
+    "heads last": (
+        lambda p, x: at_the_end(jnp.einsum("tk,khd->thd", x, p["w"]) + p["b"].T[None]),
+        {"w": (6, 2, 3), "b": (3, 2)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TURNED.values(), ids=TURNED)
+def test_a_leaf_that_is_named_as_bias_takes_a_shift_in_the_order_of_the_channels(case):
+    model, shapes = case
+    params = gallery.weights(**shapes)
+    tail, site = tails(model, params, ROWS)["w"], by_path(model, params, ROWS)["w"]
+    if tail.bias is None:
+        return
+    change = array(tail.shift.shape, 5)
+    moved = tail._replace(shift=tail.shift + tail.bias_sign * change)
+    y = tap(model, RAW, outputs=True)(params, ROWS)[1]["w"]
+    b = params["b"] + change.reshape(params["b"].shape)
+    assert distance(followed(moved, site, y), model(params | {"b": b}, ROWS)[1]) < 1e-6
