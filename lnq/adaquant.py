@@ -145,6 +145,7 @@ class Rates(NamedTuple):
 RATES = Rates()
 
 
+@partial(jax.jit, static_argnames=("axes", "clip"))
 def best_grid(x: jax.Array, bits: ArrayLike, axes: tuple[int, ...], clip: bool = True) -> QParams:
     """The grid of least squared error among 32 that span 25 to 100 % of the range.
 
@@ -222,11 +223,10 @@ def begin(
     if second_order:
         factor = jnp.where(layer.factor == 0.0, 1.0, layer.factor)
         y = jnp.where(layer.factor == 0.0, layer.x @ w, (layer.y - layer.shift) / factor)
-        w = jax.vmap(feedback.least_squares, (0, 0, 0, None))(x, y, w, damping)
+        w = feedback.least_squares(x, y, w, damping)
     grid = best_grid(w, layer.weight_bits, (1,), clip)
     if second_order:
-        h = jax.vmap(feedback.second_moment, (0, None))(x, damping)
-        w = jax.vmap(feedback.compensate)(w, h, grid)
+        w = jax.vmap(feedback.compensate)(w, feedback.second_moment(x, damping), grid)
     return Fit(w, grid.scale, grid.zero_point, act.scale, act.zero_point, zero)
 
 
@@ -661,7 +661,7 @@ def fit(
     rows: Mapping[str, jax.Array],
     targets: Mapping[str, jax.Array],
 ) -> Iterator[dict[str, Outcome]]:
-    """Fit layers to what they read; those of equal shape and f are one call.
+    """Fit layers to what they read; those of equal shape and f are one compilation.
 
     Args:
       made: The model.
@@ -677,7 +677,8 @@ def fit(
     for name, layer in layers.items():
         function = made.tails[name].follow
         follow = _Follow(str(jax.make_jaxpr(function)(jnp.zeros(1))), function)
-        alike.setdefault((follow, *(a.shape[1:] for a in layer)), []).append(name)
+        alone = name if made.how.together == 1 else ""
+        alike.setdefault((follow, alone, *(a.shape[1:] for a in layer)), []).append(name)
     order = list(made.layers)
     for (follow, *_), names in alike.items():
         stacked = Layer(*map(jnp.concatenate, zip(*(layers[n] for n in names), strict=True)))
@@ -817,7 +818,7 @@ def _moved_biases(made: Problem, fits: Mapping[str, Fit]) -> dict[str, jax.Array
         if name in made.biases:
             leaf = _leaf(made.params, made.biases[name])
             change = made.tails[name].bias_sign * fit.bias.reshape(leaf.shape)
-            moved[made.biases[name]] = (leaf + change).astype(leaf.dtype)
+            moved[made.biases[name]] = (leaf.astype(jnp.float32) + change).astype(leaf.dtype)
     return moved
 
 

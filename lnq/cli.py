@@ -115,13 +115,16 @@ def demo(
     target: Annotated[Path, typer.Option("--out", help="the .lnq file to write")] = Path(
         "demo.lnq"
     ),
+    every: Annotated[
+        bool, typer.Option("--all", help="the pipelines in full: about five minutes")
+    ] = False,
 ) -> None:
     """Compress a small trained network that ships with lnq, and measure what it costs."""
     with _one_line_errors():
         from lnq import demo as shipped
 
         with _bar("demo") as progress:
-            table = shipped.run(target, progress)
+            table = shipped.run(target, progress, full=every)
         out.print(table)
         out.print(f"the last row is {target}; see `lnq info {target}`", highlight=False)
 

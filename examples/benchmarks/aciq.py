@@ -29,7 +29,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from math import sqrt
 from pathlib import Path
@@ -169,21 +169,6 @@ def draw(total: int, count: int) -> list[np.ndarray]:
     return [np.random.default_rng(s).choice(total, count, replace=False) for s in range(3)]
 
 
-def fold(variables: Mapping[str, Any], epsilon: float) -> dict:
-    """Fold every batch-norm into the convolution before it: `conv` names `norm`, `x` `x_norm`."""
-    leaves = [name.split("/") for name, _ in lnq.tree.named_leaves(variables["params"])]
-    kernels = ["/".join(path[:-1]) for path in leaves if path[-1] == "kernel"]
-    norms = {"/".join(path[:-1]) for path in leaves if path[-1] == "scale"}
-    pairs = {}
-    for kernel in kernels:
-        parent, _, layer = kernel.rpartition("/")
-        for norm in (f"{kernel}_norm", f"{parent}/{layer.replace('conv', 'norm')}"):
-            if norm in norms:
-                pairs[kernel] = norm
-    assert len(pairs) == len(norms)
-    return tuning.fold_batch_norm(variables, pairs, epsilon=epsilon)
-
-
 def resnet(args: argparse.Namespace) -> Iterator[Row]:
     loaded = demo.load()
     images, labels = read_fashion_mnist(args.data, "t10k")
@@ -194,7 +179,7 @@ def resnet(args: argparse.Namespace) -> Iterator[Row]:
 
     task = Task(
         apply_fn,
-        fold(loaded.variables, 1e-5),
+        tuning.fold(apply_fn, loaded.variables, loaded.calib[:1])[0],
         jax.jit(lnq.quantized(apply_fn)),
         500,
         loaded.calib,
@@ -208,8 +193,8 @@ def resnet(args: argparse.Namespace) -> Iterator[Row]:
 def efficientnet(args: argparse.Namespace) -> Iterator[Row]:
     net = example("efficientnet")
     apply_fn, variables = net.load()
-    variables = fold(variables, 1e-3)
     calib, evaluation = net.crops(96, 64, 128)
+    variables, _ = tuning.fold(apply_fn, variables, calib[:1])
     apply = jax.jit(apply_fn)
     batches = [evaluation[i : i + 32] for i in range(0, len(evaluation), 32)]
     reference = jnp.concatenate([apply(variables, batch) for batch in batches])

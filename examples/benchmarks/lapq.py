@@ -32,11 +32,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from aciq import draw, example, fold, merge, share, text
+from aciq import draw, example, merge, share, text
 from scipy.optimize import minimize
 
 import lnq
-from lnq import aciq, demo, distortion, landscape, lapq
+from lnq import aciq, demo, distortion, landscape, lapq, tuning
 from lnq.demo.data import read_fashion_mnist
 from lnq.demo.resnet import ResNet
 
@@ -124,7 +124,8 @@ def mean_rows(draws: list[list[Row]]) -> Iterator[Row]:
 
 def network() -> tuple[Callable[..., Any], Any, np.ndarray]:
     loaded = demo.load()
-    return ResNet().apply, fold(loaded.variables, 1e-5), loaded.calib
+    folded, _ = tuning.fold(ResNet().apply, loaded.variables, loaded.calib[:1])
+    return ResNet().apply, folded, loaded.calib
 
 
 def accuracy(args: argparse.Namespace, apply_fn: Callable[..., Any]) -> Callable[[Any], Row]:
@@ -273,8 +274,8 @@ def photographs() -> tuple[Callable[..., Any], Any, np.ndarray, Callable[[Any], 
     """EfficientNet-Lite0, calibration crops, and what a tree does to crops of other pictures."""
     net = example("efficientnet")
     apply_fn, variables = net.load()
-    variables = fold(variables, 1e-3)
     calib, evaluation = net.crops(96, 32, 128)
+    variables, _ = tuning.fold(apply_fn, variables, calib[:1])
     run = jax.jit(lnq.quantized(apply_fn))
 
     def outputs(params: Any) -> jax.Array:

@@ -46,12 +46,13 @@ def load() -> Demo:
     return Demo(jax.jit(ResNet().apply), variables, calib, images, labels.astype(np.int32))
 
 
-def run(target: Path, progress: Progress | None = None) -> Table:
+def run(target: Path, progress: Progress | None = None, *, full: bool = False) -> Table:
     """Compress, write, read back and measure; one row per method.
 
     Args:
-      target: The ``.lnq`` file of the first row.
+      target: The ``.lnq`` file of the last row.
       progress: Called as work proceeds.
+      full: Whether the pipelines have all their choices and examples.
     """
     demo = load()
     apply_quantized = jax.jit(lnq.quantized(demo.apply_fn))
@@ -61,7 +62,7 @@ def run(target: Path, progress: Progress | None = None) -> Table:
         table.add_column(column, justify="right")
     size = sum(w.nbytes for w in jax.tree.leaves(demo.variables))
     table.add_row("float32", f"{size:,}", "32.00", "", "", "", _accuracy(reference, demo.labels))
-    for name, method in _methods().items():
+    for name, method in _methods(full).items():
         qtree, _ = method(demo.apply_fn, demo.variables, demo.calib, progress=progress)
         lnq.save(target, qtree, progress=progress)
         found = lnq.info(target)
@@ -79,6 +80,7 @@ def run(target: Path, progress: Progress | None = None) -> Table:
         "bytes: the whole file; vs zstd: the same codes, best of levels 1, 3, 19;\n"
         "W4A4: weights and activations in 4 bits, first and last layer in 8; max: no clip;\n"
         "LAPQ: one scale per tensor (max and ACIQ: per channel), searched on the divergence;\n"
+        "light, advanced: widths by integer program, at most 10 % of the size;\n"
         "deviation: 1 - cosine of the logits on 1000 test images, bound set on 512 others"
     )
     return table
@@ -103,16 +105,33 @@ def zstd_bytes(qtree: Params) -> int:
     return min(len(zstandard.compress(raw, level)) for level in (1, 3, 19))
 
 
-def _methods() -> dict[str, Any]:
-    """Method of each row, finest first, so that the file left behind is the smallest."""
-    return {
-        "W4A4 max": partial(lnq.aciq.quantize, act_clip="max", correct="none"),
-        "W4A4 ACIQ": lnq.aciq.quantize,
-        "W4A4 LAPQ": partial(lnq.lapq.quantize, ps=(2.0, 2.5, 3.0), sweeps=1),
-    } | {
-        f"RIQ < {bound}": partial(lnq.riq.compress, max_deviation=bound, eps0=0.003)
-        for bound in (0.001, 0.005)
-    }
+def _methods(full: bool) -> dict[str, Any]:
+    """Method of each row; RIQ last, so that the file left behind is the one with a bound."""
+    small: Any = {} if full else {"choices": ((8, 8), (4, 8), (2, 8)), "rows": 1024, "steps": 0}
+    return (
+        {
+            "W4A4 max": partial(lnq.aciq.quantize, act_clip="max", correct="none"),
+            "W4A4 ACIQ": lnq.aciq.quantize,
+            "W4A4 LAPQ": partial(lnq.lapq.quantize, ps=(2.0, 2.5, 3.0), sweeps=1),
+        }
+        | {
+            f"{method.__name__} 10%": partial(
+                _on_some, method, None if full else 128, budget=0.1, coded=True, **small
+            )
+            for method in (lnq.pipelines.light, lnq.pipelines.advanced)
+        }
+        | {
+            f"RIQ < {bound}": partial(lnq.riq.compress, max_deviation=bound, eps0=0.003)
+            for bound in (0.001, 0.005)
+        }
+    )
+
+
+def _on_some(
+    method: Any, examples: int | None, apply_fn: ApplyFn, params: Params, calib: Any, **options: Any
+) -> Any:
+    """A method on the first examples alone."""
+    return method(apply_fn, params, calib[:examples], **options)
 
 
 def _accuracy(logits: jax.Array, labels: np.ndarray) -> str:

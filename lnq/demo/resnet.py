@@ -45,11 +45,3 @@ class ResNet(nn.Module):
         for i, features in enumerate(self.widths):
             x = Block(features, stride=1 if i == 0 else 2, name=f"block{i + 1}")(x, train)
         return nn.Dense(10, name="head")(x.mean((1, 2)))
-
-
-BATCH_NORMS = {
-    "stem": "stem_norm",
-    **{f"block{i}/conv{j}": f"block{i}/norm{j}" for i in (1, 2, 3) for j in (1, 2)},
-    **{f"block{i}/conv_shortcut": f"block{i}/norm_shortcut" for i in (2, 3)},
-}
-"""The batch-norm behind each convolution, for :func:`lnq.tuning.fold_batch_norm`."""
