@@ -51,6 +51,7 @@ __all__ = [
     "fixed_bytes",
     "light",
     "score",
+    "tree_of",
 ]
 
 Choices = Sequence[tuple[int, int]]
@@ -419,14 +420,14 @@ def _allocate(
     if swaps:
         choice, *_ = allocation.local_search(
             choice,
-            lambda c: scored.loss(_tree(scored, _chosen(scored, c))),
+            lambda c: scored.loss(tree_of(scored, c)),
             cost,
             room,
             loss=scores.loss,
             evaluations=swaps,
         )
     chosen = _chosen(scored, choice)
-    after = scored.loss(_tree(scored, chosen))
+    after = scored.loss(tree_of(scored, choice))
     return chosen, found, [Step("allocate", scores.base, after, kept=True)]
 
 
@@ -448,8 +449,14 @@ def _chosen(scored: Scored, choice: np.ndarray) -> dict[str, tuple[int, int]]:
     return {name: scored.choices[int(c)] for name, c in pairs}
 
 
-def _tree(scored: Scored, chosen: Mapping[str, tuple[int, int]]) -> Params:
-    return _placed(scored.problem, scored.fits, chosen)
+def tree_of(scored: Scored, choice: np.ndarray) -> Params:
+    """The model with each layer at its choice, as each was fitted by itself, for ``scored.loss``.
+
+    Args:
+      scored: From :func:`score`.
+      choice: Numbers of choices, ``[s]``.
+    """
+    return _placed(scored.problem, scored.fits, _chosen(scored, choice))
 
 
 def _hard(
@@ -516,7 +523,11 @@ def _repaired(
         ),
     }
     for name in repairs if biases else ["reconstruct"]:
-        repaired, _ = repairs[name](qtree)
+        try:
+            repaired, _ = repairs[name](qtree)
+        except tuning.NothingToRepairError:
+            steps = [*steps, Step(name, now, now, kept=False)]
+            continue
         after = scored.loss(repaired)
         steps = [*steps, Step(name, now, after, after < now)]
         qtree, now = (repaired, after) if after < now else (qtree, now)

@@ -1552,7 +1552,8 @@ def _affine(
     site: Site, path: Sequence[_Event], leaves: Mapping[Any, jax.Array]
 ) -> tuple[tuple[jax.Array, ...], str | None, int, list[jex.JaxprEqn]]:
     """Factor, shift, and whether they are the same everywhere; bias, sign, and what follows."""
-    layers, channels = (prod(site.shape[i] for i in axes) for axes in (site.sliced, site.channels))
+    layers = prod(site.shape[i] for i in site.sliced)
+    channels = prod(site.out.shape[i] for i in site.out_channels)
     factor, shift, even = (
         jnp.ones((layers, channels)),
         jnp.zeros((layers, channels)),

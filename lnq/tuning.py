@@ -44,6 +44,7 @@ from lnq.types import ApplyFn, LossFn, Params, Progress, Select
 __all__ = [
     "FoldInfo",
     "Moments",
+    "NothingToRepairError",
     "ReconstructInfo",
     "ReestimateInfo",
     "TuneInfo",
@@ -56,6 +57,10 @@ __all__ = [
 
 PATIENCE = 15
 """Epochs without a better loss on the examples held out, after which tuning stops."""
+
+
+class NothingToRepairError(ValueError):
+    """A model without a site, or a bias, that a repair could move."""
 
 
 class FoldInfo(NamedTuple):
@@ -252,7 +257,7 @@ class ReestimateInfo(NamedTuple):
     """Outcome of :func:`reestimate`.
 
     Attributes:
-      moved: By leaf: norm of the change over the norm of what it was.
+      moved: By leaf: norm of the change over the norm of what it was, unless that was 0.
     """
 
     moved: dict[str, float]
@@ -327,7 +332,7 @@ def reestimate(
             "mode, and look for NaN in calib and variables"
         )
     norm = np.linalg.norm
-    moved = {name: float(norm(new[name] - old[name]) / norm(old[name])) for name in old}
+    moved = {name: float(norm(new[name] - old[name]) / (norm(old[name]) or 1.0)) for name in old}
     return _replaced(variables, new), ReestimateInfo(moved)
 
 
@@ -478,7 +483,9 @@ def reconstruct(
 
     todo, left = _multipliable(found, wanted, loops=False)
     if not todo:
-        raise ValueError(f"select: leaves no site to repair; those that cannot be: {left}")
+        raise NothingToRepairError(
+            f"select: leaves no site to repair; those that cannot be: {left}"
+        )
     ideal, tails = (sites.tails(apply_fn, each, batches[0]) for each in (params, qtree))
     plan = {
         name: _Repair(site, ideal[name], tails[name], _has_bias(tails[name], leaves, uses), limit)
@@ -758,7 +765,7 @@ def _biases(
     default = [path for path in every if path != behind[-1]]
     chosen = [path for path in every if select is not None and tree.lookup(select, path, False)]
     if not (chosen := default if select is None else chosen):
-        raise ValueError(
+        raise NothingToRepairError(
             f"select: leaves no bias to tune; behind the sites are {every}, of which the last "
             "site's needs `select`"
         )

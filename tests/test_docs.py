@@ -151,6 +151,36 @@ def lapq_channels_rows(results):
         )
 
 
+def adaquant_rows(results):
+    for model, judged in (("resnet", "accuracy"), ("efficientnet", "agreement")):
+        for row in part(results, model):
+            if row["name"] == "float":
+                yield f"| {model} | | float | | | {percent(row, judged)} |"
+            else:
+                fitted = f"{row['calibration_kl']:.4f}" if "calibration_kl" in row else ""
+                yield (
+                    f"| {model} | {row['widths']} | {row['name']} | {fitted} | {row['kl']:.4f} | "
+                    f"{percent(row, judged)} |"
+                )
+
+
+def additivity_rows(results):
+    for row in part(results, "additivity"):
+        yield f"| {row['rank_correlation']:.3f} | {row['median_ratio']:.2f} |"
+
+
+def curve_rows(results):
+    for row in part(results, "curve"):
+        if row["name"] == "float":
+            yield f"| float | 100 | 100 | | | {percent(row, 'accuracy')} |"
+        else:
+            yield (
+                f"| {row['name']} | {100 * row['fraction']:.1f} | "
+                f"{100 * row['paper_fraction']:.1f} | {row['widths']} | {row['kl']:.4f} | "
+                f"{percent(row, 'accuracy')} |"
+            )
+
+
 def recommender_rows(results):
     for row in results["rows"]:
         cost = f"{row['cost']:.0f}" if "cost" in row else ""
@@ -191,6 +221,9 @@ def landscape_rows(results):
         ("lapq", "lapq", lapq_channels_rows),
         ("lapq", "recommender", recommender_rows),
         ("landscape", "lapq", landscape_rows),
+        ("adaquant", "adaquant", adaquant_rows),
+        ("pipelines", "pipelines", additivity_rows),
+        ("pipelines", "pipelines", curve_rows),
     ],
 )
 def test_tables_show_the_committed_results(page, name, rows):

@@ -205,3 +205,19 @@ def test_a_model_without_layers_is_an_error():
     apply_fn, variables, x = model()
     with pytest.raises(ValueError, match="no layer to give a width to"):
         pipelines.light(apply_fn, variables, x, skip="")
+
+
+def test_a_step_with_nothing_to_repair_says_so():
+    params = {"layers": jax.random.normal(jax.random.key(0), (2, 12, 12))}
+    x = jax.random.normal(jax.random.key(3), (64, 12))
+
+    def scanned(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])[0]
+
+    options = {"budget": 0.5, "rows": 64, "choices": CHOICES[:2]}
+    qtree, info = pipelines.light(scanned, params, x, **options)
+    _, (name, before, after, kept) = info.steps
+    assert (name, after, kept) == ("reconstruct", before, False)
+    assert before == pytest.approx(info.steps[0].after, rel=1e-3)
+    assert info.widths == {"layers": (4, 8)}
+    assert qtree["layers"].codes.dtype == jnp.int8

@@ -1,0 +1,145 @@
+"""Light and advanced: what a model loses at which size.
+
+    python examples/benchmarks/pipelines.py curve additivity --json docs/results/pipelines.json
+
+On the demo's Fashion-MNIST ResNet, 256 calibration images (the first draw). Sizes are those of
+files with codes of fixed length over that of the float32 model; accuracy and divergence from the
+float model (nats) are on the 10 000 test images.
+
+* `curve`: both pipelines at budgets from 0.08 to 0.25, and the same with one width for all layers:
+  no program, but fits and repairs alike. `published` has the paper's choices, 8/8 and 4/4.
+* `additivity`: 50 random allocations: the sum of the layers' losses against the loss measured, and
+  their rank correlation; a picture for the page.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from aciq import draw, merge, share, text
+from scipy.stats import spearmanr
+
+import lnq
+from lnq import demo, distortion, pipelines
+from lnq.demo.data import read_fashion_mnist
+from lnq.pipelines import Scored
+
+Row = dict[str, Any]
+DEBIAN = "/usr/share/datasets/fashion-mnist"
+DOCS = Path(__file__).parents[2] / "docs"
+BUDGETS = (0.08, 0.09, 0.1, 0.11, 0.13, 0.16, 0.2, 0.25)
+UNIFORM = (2, 3, 4, 6, 8)
+
+
+def judge(args: argparse.Namespace, apply_fn: Any, variables: Any) -> Callable[[Any], Row]:
+    images, labels = read_fashion_mnist(args.data, "t10k")
+    run = jax.jit(lnq.quantized(apply_fn))
+
+    def logits(params: Any) -> np.ndarray:
+        return np.concatenate([run(params, images[i : i + 500]) for i in range(0, 10_000, 500)])
+
+    reference = logits(variables)
+
+    def of(qtree: Any) -> Row:
+        out = logits(qtree)
+        kl = float(distortion.kl(jax.numpy.asarray(reference), jax.numpy.asarray(out)))
+        return share(out.argmax(-1) == labels, "accuracy") | {"kl": kl}
+
+    return of
+
+
+def network() -> tuple[Any, Any, np.ndarray]:
+    loaded = demo.load()
+    return loaded.apply_fn, loaded.variables, loaded.calib[draw(len(loaded.calib), 256)[0]]
+
+
+def outcome(qtree: Any, info: pipelines.PipelineInfo, of: Callable[[Any], Row]) -> Row:
+    return {
+        "fraction": info.fraction,
+        "paper_fraction": info.paper_fraction,
+        "widths": "".join(str(weights) for weights, _ in info.widths.values()),
+        "steps": [(s.name, s.before, s.after, s.kept) for s in info.steps],
+        **of(qtree),
+    }
+
+
+def curve(args: argparse.Namespace) -> Iterator[Row]:
+    apply_fn, variables, calib = network()
+    of = judge(args, apply_fn, variables)
+    yield {"name": "float", **of(variables)}
+    for method in (pipelines.light, pipelines.advanced):
+        scored = None
+        for budget in BUDGETS:
+            begun = time.perf_counter()
+            qtree, info = method(apply_fn, variables, calib, budget=budget, scored=scored)
+            scored = info.scored
+            seconds = time.perf_counter() - begun
+            yield {"name": method.__name__, "budget": budget, "seconds": seconds} | outcome(
+                qtree, info, of
+            )
+        for bits in UNIFORM:
+            qtree, info = method(apply_fn, variables, calib, budget=1.0, choices=((bits, 8),))
+            yield {"name": f"{method.__name__}, one width"} | outcome(qtree, info, of)
+        options: Any = {"budget": 0.14, "choices": pipelines.PUBLISHED}
+        qtree, info = method(apply_fn, variables, calib, **options)
+        yield {"name": f"{method.__name__}, 8/8 and 4/4"} | outcome(qtree, info, of)
+
+
+def additivity(args: argparse.Namespace) -> Iterator[Row]:
+    from matplotlib.figure import Figure
+
+    apply_fn, variables, calib = network()
+    options: Any = {"second_order": False, "steps": 0, "weights": "fixed"}
+    scored = pipelines.score(apply_fn, variables, calib, **options)
+    predicted, measured = np.array(list(random_losses(scored, 50))).T
+    yield {
+        "rank_correlation": float(np.asarray(spearmanr(predicted, measured))[0]),
+        "median_ratio": float(np.median(measured / predicted)),
+        "predicted": predicted.tolist(),
+        "measured": measured.tolist(),
+    }
+    figure = Figure((4.0, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.loglog(predicted, measured, "o", markersize=4, color="#444")
+    ends = [min(predicted.min(), measured.min()), max(predicted.max(), measured.max())]
+    axes.loglog(ends, ends, color="#bbb", linewidth=1)
+    axes.set(xlabel="sum of the layers' losses", ylabel="loss of the model")
+    figure.savefig(DOCS / "additivity.svg")
+
+
+def random_losses(scored: Scored, count: int) -> Iterator[tuple[float, float]]:
+    """Predicted and measured loss of allocations drawn at random, from fine to coarse."""
+    rng, scores = np.random.default_rng(0), scored.scores
+    sites, choices = scores.loss.shape
+    for number in range(count):
+        share_of_coarse = (number + 1) / count
+        coarse = rng.random(sites) < share_of_coarse
+        choice = np.where(coarse, rng.integers(1, choices, sites), 0)
+        loss = scored.loss(pipelines.tree_of(scored, choice))
+        yield scores.base + scores.loss[np.arange(sites), choice].sum(), loss
+
+
+PARTS = {"curve": curve, "additivity": additivity}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="part")
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("LNQ_DATA", DEBIAN)))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    for name in args.parts:
+        begun, rows = time.perf_counter(), []
+        for row in PARTS[name](args):
+            rows.append(row)
+            print(text({k: v for k, v in row.items() if not isinstance(v, list)}), flush=True)
+            merge(args.json, name, {"seconds": time.perf_counter() - begun, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
