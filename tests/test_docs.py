@@ -248,13 +248,16 @@ def test_every_public_name_has_its_line_in_the_docs():
 
 
 @pytest.mark.slow
-def test_quickstart_notebook_runs_top_to_bottom(fresh):
+@pytest.mark.parametrize(
+    ("name", "shown"), [("quickstart", "bits per weight"), ("budget", "times smaller")]
+)
+def test_notebooks_run_top_to_bottom(name, shown, fresh):
     import nbclient
     import nbformat
 
-    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
-    nbclient.NotebookClient(notebook, timeout=120).execute()
+    notebook = nbformat.read(ROOT / "examples" / f"{name}.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300).execute()
     printed = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
     )
-    assert "bits per weight" in printed
+    assert shown in printed
