@@ -63,6 +63,9 @@ PUBLISHED: Choices = ((8, 8), (4, 4))
 
 Distance = Callable[[Any, Any], jax.Array]
 
+TIE = 1e-3
+"""What a layer's own error counts beside the model's loss, where that shows no difference."""
+
 
 class Scored(NamedTuple):
     """What one pass over layers and choices found; serves any number of budgets.
@@ -286,6 +289,7 @@ def _scores(
             if c:
                 switched = adaquant.place(made, base, _of(fits[choice], [name]), widths)
                 losses[s, c] = max(loss(switched) - at_base, 0.0)
+            losses[s, c] += TIE * at_base * float(np.mean(fits[choice][name].loss))
             if progress:
                 progress(c * len(names) + s + 1, losses.size, f"score {name}")
     layers = {made.layers[name].path for name in names}
