@@ -327,7 +327,9 @@ def improve(
 
     theta = jax.tree.map(jnp.zeros_like, start)
     first = loss(theta, slice(held))
-    turns = jnp.arange(steps).reshape(CHUNKS, -1) if steps else jnp.zeros((0, 0), int)
+    if not steps:  # nothing to compile
+        return start, first[None]
+    turns = jnp.arange(steps).reshape(CHUNKS, -1)
     (_, best, _), losses = lax.scan(chunk, ((theta, adam.init(theta)), theta, first), turns)
     return at(best), jnp.append(first, losses)
 

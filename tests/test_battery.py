@@ -37,6 +37,18 @@ METHODS = {  # (apply_fn, params, calib, strength) -> qtree; more strength is a 
         ps=(2.0,),
         method="none",
     )[0],
+    "adaquant.quantize": lambda f, p, x, strength: lnq.adaquant.quantize(
+        f,
+        p,
+        x,
+        weight_bits=3 + 2 * strength,
+        act_bits=None,
+        edge_bits=None,
+        weights="fixed",  # there are fewer examples than inputs
+        second_order=False,
+        steps=0,
+        rows=64,
+    )[0],
 }
 JITTABLE = ("riq.quantize", "aciq.quantize_weights")
 
