@@ -1052,7 +1052,7 @@ def quantize(
         or ``state`` is of another model.
 
     Warns:
-      UserWarning: If a layer has fewer than two rows of data for each input.
+      UserWarning: If a layer whose weights are fitted has fewer than two rows for each input.
 
     Example:
       >>> w = jax.random.normal(jax.random.key(0), (16, 4))

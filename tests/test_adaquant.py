@@ -1065,6 +1065,16 @@ def test_what_is_no_layer_is_rounded_to_nearest_and_says_why(model, params, why)
     assert 0.0 < np.abs(dequantize_array(leaf) - w).mean() < 0.15 * reach
 
 
+def test_the_first_and_the_last_site_have_more_bits_and_what_is_skipped_stays():
+    params = {"a": SQUARE["a"]}
+    qtree, info = adaquant.quantize(tied, params, SQUARE_X, weight_bits=3)
+    assert {row.weight_bits for row in info.rows} == {8.0}
+    assert int(qtree["a"].qparams.bits.max()) == 8
+    qtree, info = adaquant.quantize(tied, params, SQUARE_X, weight_bits=3, skip="a")
+    assert qtree["a"] is params["a"]
+    assert [row.note for row in info.rows] == ["float", "float"]
+
+
 # What is asked for wrongly, or what there is too little of.
 
 

@@ -1,0 +1,245 @@
+"""AdaQuant: what second order, fitting and reading the quantized layers gain, and what each costs.
+
+    python examples/benchmarks/adaquant.py resnet calibration --json docs/results/adaquant.json
+    python examples/benchmarks/adaquant.py minilm efficientnet grouping --json same.json
+
+WxAy are the widths of weights and data; first and last site have 8 bits; batch-norm is folded.
+`nearest` rounds to nearest on the grids of least squared error; `second order alone` takes no
+turns. KL (nats) is that of the logits from the float model's.
+
+* `resnet`: the demo's Fashion-MNIST ResNet at four pairs of widths. KL on the 256 calibration
+  images and on the 10 000 test images, mean over three draws (one for LAPQ); accuracy on the test
+  images, first draw; seconds, mean over the draws, where the first one compiles. Processor seconds
+  add up those of all cores: a busy machine changes them less.
+* `calibration`: the same at W3A8 with 8 to 512 calibration images, nearest against parallel as
+  published and sequential.
+* `minilm`: all-MiniLM-L6-v2 at W4A8, 512 sentences: 1 - cosine of the embeddings of 128 others,
+  WordSim353, seconds in all, and how many fits were compiled. Parallel: 1000 turns of 512 rows.
+* `efficientnet`: EfficientNet-Lite0, 64 calibration crops of 96 x 96, one draw; agreement with the
+  float model's top-1 and KL on 128 crops of other photographs.
+* `grouping`: MiniLM's 24 square matrices, 100 turns of 512 rows each: seconds of one call for all
+  and of a call for each, cold and once more.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from aciq import draw, example, merge, real_tokens, share, text
+
+import lnq
+from lnq import aciq, adaquant, demo, distortion, lapq, tuning
+from lnq.demo.data import read_fashion_mnist
+from lnq.demo.resnet import ResNet
+from lnq.widths import site_widths
+
+Row = dict[str, Any]
+Widths = tuple[int, int]
+DEBIAN = "/usr/share/datasets/fashion-mnist"
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "nearest": partial(adaquant.quantize, second_order=False, steps=0, sequential=False),
+    "ACIQ": aciq.quantize,
+    "LAPQ": partial(lapq.quantize, rough=2, sweeps=0),
+    "published": partial(adaquant.quantize, **adaquant.published(), sequential=False),
+    "parallel": partial(adaquant.quantize, sequential=False),
+    "sequential without second order": partial(adaquant.quantize, second_order=False),
+    "second order alone": partial(adaquant.quantize, steps=0),
+    "sequential": adaquant.quantize,
+    "constrained": partial(adaquant.quantize, weights="constrained"),
+}
+LONG = {"steps": 1000, "batch": 512}
+
+
+class Task(NamedTuple):
+    """A classifier and what to judge it by.
+
+    Attributes:
+      apply_fn: ``apply_fn(params, images) -> logits``.
+      params: Batch-norm folded.
+      calib: Calibration images.
+      draws: Which of them to use, one array of indices for each draw.
+      images: Images to judge by.
+      labels: Their classes; None takes those that the float model finds.
+      batch: Images per call.
+    """
+
+    apply_fn: Callable[..., Any]
+    params: Any
+    calib: np.ndarray
+    draws: list[np.ndarray]
+    images: np.ndarray
+    labels: np.ndarray | None
+    batch: int
+
+
+def compare(task: Task, widths: Iterable[Widths], methods: Iterable[str]) -> Iterator[Row]:
+    """The float model's row, then one for each pair of widths and method."""
+    run = jax.jit(lnq.quantized(task.apply_fn))
+
+    def logits(params: Any, images: np.ndarray) -> jax.Array:
+        starts = range(0, len(images), task.batch)
+        return jnp.concatenate([run(params, images[i : i + task.batch]) for i in starts])
+
+    reference = logits(task.params, task.images)
+    labels = np.asarray(reference.argmax(-1)) if task.labels is None else task.labels
+
+    def judge(out: jax.Array) -> Row:
+        name = "agreement" if task.labels is None else "accuracy"
+        return share(np.asarray(out.argmax(-1)) == labels, name)
+
+    def measure(name: str, pair: Widths, images: np.ndarray) -> Row:
+        qtree, cost = quantize(name, pair, task.apply_fn, task.params, images)
+        seen, out = logits(task.params, images), logits(qtree, task.images)
+        return {
+            "calibration_kl": float(distortion.kl(seen, logits(qtree, images))),
+            "kl": float(distortion.kl(reference, out)),
+            **cost,
+            **judge(out),
+        }
+
+    yield {"name": "float", **judge(reference)}
+    for pair, name in product(widths, methods):
+        draws = task.draws[:1] if name == "LAPQ" else task.draws
+        rows = [measure(name, pair, task.calib[chosen]) for chosen in draws]
+        yield {"widths": "W{}A{}".format(*pair), "name": name, **mean(rows)}
+
+
+def mean(rows: list[Row]) -> Row:
+    """Mean numbers of the draws, but for how many predictions are right: those of the first."""
+    names = "calibration_kl", "kl", "seconds", "processor_seconds"
+    seeds = {k: [row[k] for row in rows] for k in names}
+    means = {k: float(np.mean(v)) for k, v in seeds.items()}
+    return rows[0] | means | {f"{k}_seeds": v for k, v in seeds.items()}
+
+
+def quantize(name: str, widths: Widths, *args: Any, **options: Any) -> tuple[Any, Row]:
+    """A tree by one of the methods, and what that cost."""
+    begun = time.perf_counter(), time.process_time()
+    qtree, _ = METHODS[name](*args, weight_bits=widths[0], act_bits=widths[1], **options)
+    jax.block_until_ready(qtree)
+    ended = time.perf_counter(), time.process_time()
+    wall, processor = np.subtract(ended, begun).tolist()
+    return qtree, {"seconds": wall, "processor_seconds": processor}
+
+
+def network(args: argparse.Namespace, count: int) -> Task:
+    """The ResNet, with three draws of so many calibration images."""
+    loaded, apply_fn = demo.load(), ResNet().apply
+    params, _ = tuning.fold(apply_fn, loaded.variables, loaded.calib[:1])
+    draws = draw(len(loaded.calib), count)
+    images, labels = read_fashion_mnist(args.data, "t10k")
+    return Task(apply_fn, params, loaded.calib, draws, images, labels, 500)
+
+
+def resnet(args: argparse.Namespace) -> Iterator[Row]:
+    yield from compare(network(args, 256), ((4, 4), (4, 8), (3, 8), (2, 8)), METHODS)
+
+
+def sizes(args: argparse.Namespace) -> Iterator[Row]:
+    for count in (8, 16, 32, 64, 128, 256, 512):
+        rows = compare(network(args, count), [(3, 8)], ("nearest", "published", "sequential"))
+        next(rows)
+        for row in rows:
+            yield {"images": count, **row}
+
+
+def efficientnet(args: argparse.Namespace) -> Iterator[Row]:
+    net = example("efficientnet")
+    apply_fn, variables = net.load()
+    calib, evaluation = net.crops(96, 64, 128)
+    params, _ = tuning.fold(apply_fn, variables, calib[:1])
+    task = Task(apply_fn, params, calib, [np.arange(64)], evaluation, None, 32)
+    methods = [name for name in METHODS if name not in ("LAPQ", "sequential without second order")]
+    yield from compare(task, ((4, 4), (4, 8), (3, 8)), methods)
+
+
+def minilm(args: argparse.Namespace) -> Iterator[Row]:
+    model = example("minilm")
+    apply_fn, params = model.load()
+    texts = model.sentences()
+    calib, others = model.tokenize(texts[:512]), model.tokenize(texts[512:640])
+    reference, run = jax.jit(apply_fn)(params, others), lnq.quantized(apply_fn)
+    yield {"name": "float", "wordsim353": model.wordsim353(apply_fn, params)}
+    compiled: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(str(kwargs.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    methods: Row = {"nearest": {}, "ACIQ": {}, "parallel": LONG, "second order alone": {}}
+    for name, options in methods.items():
+        compiled.clear()
+        options = {"mask": real_tokens, **options}
+        qtree, cost = quantize(name, (4, 8), apply_fn, params, calib, **options)
+        fits = sum("_fit" in function for function in compiled)
+        embedded = jax.jit(run)(qtree, others)
+        yield {
+            "widths": "W4A8",
+            "name": name,
+            "deviation": float(1 - (reference * embedded).sum(-1).mean()),
+            "wordsim353": model.wordsim353(run, qtree),
+            **cost,
+            "compiled_fits": fits,
+        }
+
+
+def grouping(args: argparse.Namespace) -> Iterator[Row]:
+    model = example("minilm")
+    apply_fn, params = model.load()
+    calib = model.tokenize(model.sentences()[:512])
+    for together in (1, 4):
+        options: Any = {"steps": 100, "batch": 512, "together": together}
+        made = adaquant.problem(apply_fn, params, calib, mask=real_tokens, **options)
+        names = [name for name, site in made.layers.items() if site.shape == (384, 384)]
+        rows = jax.block_until_ready(made.sample(tuple(names), made.floats))
+        calls = {"one call": [names], "a call for each": [[name] for name in names]}
+        for name, groups in calls.items():
+            cold, again = (fitting(made, rows, groups) for _ in range(2))
+            yield {"together": together, "name": name, "cold_seconds": cold, "seconds": again}
+
+
+def fitting(made: adaquant.Problem, rows: dict[str, jax.Array], groups: list[list[str]]) -> float:
+    """Seconds of a call for each group of layers."""
+    widths = site_widths(made.sites.sites, 4, 8, 8, None)
+    begun = time.perf_counter()
+    for names in groups:
+        given = {name: rows[name] for name in names}
+        jax.block_until_ready(list(adaquant.fit(made, widths, given, given)))
+    return time.perf_counter() - begun
+
+
+PARTS = {
+    "resnet": resnet,
+    "calibration": sizes,
+    "minilm": minilm,
+    "efficientnet": efficientnet,
+    "grouping": grouping,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="part")
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("LNQ_DATA", DEBIAN)))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    for name in args.parts:
+        begun, rows = time.perf_counter(), []
+        for row in PARTS[name](args):
+            rows.append(row)
+            print(text(row), flush=True)
+            merge(args.json, name, {"seconds": time.perf_counter() - begun, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
