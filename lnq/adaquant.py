@@ -746,8 +746,9 @@ def _by_channel(a: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.broadcast_to(a, (len(w), w.shape[1], 1, w.shape[-1]))
 
 
-WIDE = QParams(*map(jnp.float32, (2.0**-60, 0.0, -jnp.inf, jnp.inf)))
-"""The grid that leaves a float32 as it is."""
+def _wide() -> QParams:
+    """The grid that leaves a float32 as it is."""
+    return QParams(*map(jnp.float32, (2.0**-60, 0.0, -jnp.inf, jnp.inf)))
 
 
 def _floats(params: Params, layers: Iterable[Site]) -> Params:
@@ -758,7 +759,7 @@ def _floats(params: Params, layers: Iterable[Site]) -> Params:
         if path not in uses:
             return w
         site = uses[path]
-        act = jax.tree.map(lambda a: jnp.broadcast_to(a, _act_shape(site)), WIDE)
+        act = jax.tree.map(lambda a: jnp.broadcast_to(a, _act_shape(site)), _wide())
         return FakeQuantTensor(w, None, (act,), w.dtype)
 
     return tree.map_named(leaf, params)
@@ -809,7 +810,7 @@ def _grids(fit: Fit, bits: tuple[jax.Array, jax.Array], site: Site) -> tuple[QPa
     """Of the weights, ``[l, g, 1, o]``, and of the data as the leaf holds it."""
     of_weights, of_acts = (b.reshape(-1, 1, 1, 1) for b in bits)
     act = _grid(fit.act_scale, fit.act_zero_point, of_acts)
-    act = jax.tree.map(lambda a, wide: jnp.where(of_acts > 0, a, wide), act, WIDE)
+    act = jax.tree.map(lambda a, wide: jnp.where(of_acts > 0, a, wide), act, _wide())
     act = jax.tree.map(lambda a: a.reshape(_act_shape(site)), act)
     return _grid(fit.scale, fit.zero_point, of_weights), act
 

@@ -214,7 +214,7 @@ def test_a_step_with_nothing_to_repair_says_so():
     def scanned(params, x):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])[0]
 
-    options = {"budget": 0.5, "rows": 64, "choices": CHOICES[:2]}
+    options = {"budget": 0.35, "rows": 64, "choices": CHOICES[:2]}
     qtree, info = pipelines.light(scanned, params, x, **options)
     _, (name, before, after, kept) = info.steps
     assert (name, after, kept) == ("reconstruct", before, False)

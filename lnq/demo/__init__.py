@@ -57,7 +57,8 @@ def run(target: Path, progress: Progress | None = None, *, full: bool = False) -
     demo = load()
     apply_quantized = jax.jit(lnq.quantized(demo.apply_fn))
     reference = demo.apply_fn(demo.variables, demo.images)
-    table = Table("method", title="A ResNet on Fashion-MNIST", box=box.SIMPLE_HEAD)
+    table = Table(title="A ResNet on Fashion-MNIST", box=box.SIMPLE_HEAD)
+    table.add_column("method", no_wrap=True)
     for column in ("bytes", "bits/w", "vs f32", "vs zstd", "deviation", "accuracy %"):
         table.add_column(column, justify="right")
     size = sum(w.nbytes for w in jax.tree.leaves(demo.variables))
@@ -108,6 +109,9 @@ def zstd_bytes(qtree: Params) -> int:
 def _methods(full: bool) -> dict[str, Any]:
     """Method of each row; RIQ last, so that the file left behind is the one with a bound."""
     small: Any = {} if full else {"choices": ((8, 8), (4, 8), (2, 8)), "rows": 1024, "steps": 0}
+    methods: Any = {"light": lnq.pipelines.light, "advanced": lnq.pipelines.advanced}
+    if not full:
+        methods["advanced"] = partial(lnq.pipelines.advanced, swaps=0)
     return (
         {
             "W4A4 max": partial(lnq.aciq.quantize, act_clip="max", correct="none"),
@@ -115,10 +119,10 @@ def _methods(full: bool) -> dict[str, Any]:
             "W4A4 LAPQ": partial(lnq.lapq.quantize, ps=(2.0, 2.5, 3.0), sweeps=1),
         }
         | {
-            f"{method.__name__} 10%": partial(
+            f"{name} 10%": partial(
                 _on_some, method, None if full else 128, budget=0.1, coded=True, **small
             )
-            for method in (lnq.pipelines.light, lnq.pipelines.advanced)
+            for name, method in methods.items()
         }
         | {
             f"RIQ < {bound}": partial(lnq.riq.compress, max_deviation=bound, eps0=0.003)
