@@ -116,12 +116,10 @@ def _methods(full: bool) -> dict[str, Any]:
         {
             "W4A4 max": partial(lnq.aciq.quantize, act_clip="max", correct="none"),
             "W4A4 ACIQ": lnq.aciq.quantize,
-            "W4A4 LAPQ": partial(lnq.lapq.quantize, ps=(2.0, 2.5, 3.0), sweeps=1),
+            "W4A4 LAPQ": partial(lnq.lapq.quantize, ps=(2.0, 2.5, 3.0), rough=1, sweeps=0),
         }
         | {
-            f"{name} 10%": partial(
-                _on_some, method, None if full else 128, budget=0.1, coded=True, **small
-            )
+            name: partial(_on_some, method, None if full else 128, budget=0.1, coded=True, **small)
             for name, method in methods.items()
         }
         | {
