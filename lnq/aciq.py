@@ -612,8 +612,7 @@ def _act(
         where = dict(zip(sorted(site.act_channels), a.shape[len(layers) :], strict=True))
         return a.reshape(*layers, *(where.get(axis, 1) for axis in range(rank)))
 
-    whole = not per_channel and bits.max() <= 8 and site.primitive in sites.INTEGER_PRODUCTS
-    dtype = jnp.dtype("int8") if whole else None
+    dtype = None if per_channel else sites.integer_dtype(site, bits)
     return _Act(
         replace(jax.tree.map(placed, flat), dtype=dtype),
         flat,

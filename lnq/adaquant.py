@@ -26,7 +26,6 @@ code takes a ReLU, by name); sequential means all examples (the code renews one 
 """
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -218,16 +217,22 @@ def begin(
       damping: As in :func:`~lnq.feedback.second_moment`.
     """
     act = best_grid(layer.x, jnp.maximum(layer.act_bits, 1), (0, 1, 2), clip)
+    grid = best_grid(layer.w, layer.weight_bits, (1,), clip)
+    zero = jnp.zeros_like(layer.shift)
+    nearest = Fit(layer.w, grid.scale, grid.zero_point, act.scale, act.zero_point, zero)
+    return _second_order(layer, nearest, clip, damping) if second_order else nearest
+
+
+def _second_order(layer: Layer, nearest: Fit, clip: bool, damping: float) -> Fit:
+    """The same data, and weights that give the old outputs with it and make up for rounding."""
+    act = _grid(nearest.act_scale, nearest.act_zero_point, layer.act_bits)
     x = jnp.where(layer.act_bits > 0, fake_quant(layer.x, act), layer.x)
-    w, zero = layer.w, jnp.zeros_like(layer.shift)
-    if second_order:
-        factor = jnp.where(layer.factor == 0.0, 1.0, layer.factor)
-        y = jnp.where(layer.factor == 0.0, layer.x @ w, (layer.y - layer.shift) / factor)
-        w = feedback.least_squares(x, y, w, damping)
+    factor = jnp.where(layer.factor == 0.0, 1.0, layer.factor)
+    y = jnp.where(layer.factor == 0.0, layer.x @ layer.w, (layer.y - layer.shift) / factor)
+    w = feedback.least_squares(x, y, layer.w, damping)
     grid = best_grid(w, layer.weight_bits, (1,), clip)
-    if second_order:
-        w = jax.vmap(feedback.compensate)(w, feedback.second_moment(x, damping), grid)
-    return Fit(w, grid.scale, grid.zero_point, act.scale, act.zero_point, zero)
+    w = jax.vmap(feedback.compensate)(w, feedback.second_moment(x, damping), grid)
+    return nearest._replace(w=w, scale=grid.scale, zero_point=grid.zero_point)
 
 
 def _units(layer: Layer, start: Fit, absolute: bool) -> Fit:
@@ -384,7 +389,7 @@ def _fit(
         _, of_nearest = improve(layer, nearest, key, rates, steps=0, **options)
         start = nearest
         if how.second_order:
-            start = begin(fitted, clip=how.clip, damping=how.damping)
+            start = _second_order(fitted, nearest, how.clip, how.damping)
             _, of_start = improve(layer, start, key, rates, steps=0, **options)
             better = of_start[0] < of_nearest[0]
             start = jax.tree.map(partial(jnp.where, better), start, nearest)
@@ -419,6 +424,7 @@ class Problem(NamedTuple):
 
     Attributes:
       params: Its parameters.
+      leaves: The same by name.
       batches: Calibration data.
       sites: Its sites.
       layers: Those that can be fitted, by name, in forward order.
@@ -435,6 +441,7 @@ class Problem(NamedTuple):
     """
 
     params: Params
+    leaves: dict[str, Any]
     batches: list[Any]
     sites: Sites
     layers: dict[str, Site]
@@ -515,13 +522,14 @@ def problem(
     found = sites.find_sites(apply_fn, params, batches[0])
     if not found.sites:
         raise ValueError("apply_fn: no leaf of params meets data in a product; nothing to quantize")
-    left = _left(found)
+    left, leaves = _left(found), dict(tree.named_leaves(params))
     layers = {site.name: site for site in found.sites if site.name not in left}
     tails = sites.tails(apply_fn, params, batches[0])
     key = jax.random.key(0) if key is None else key
     most = {name: min(rows, memory // _row_bytes(site)) for name, site in layers.items()}
     return Problem(
         params=params,
+        leaves=leaves,
         batches=batches,
         sites=found,
         layers=layers,
@@ -529,7 +537,7 @@ def problem(
         sufficiency={name: _sufficiency(site, batches) for name, site in layers.items()},
         floats=_floats(params, layers.values()),
         tails=tails,
-        biases=_biases(layers, tails, dict(tree.named_leaves(params)), _uses(found)),
+        biases=_biases(layers, tails, leaves, found.uses),
         sample=_sampler(apply_fn, batches, most, mask, key),
         passes=_passes(layers, most, memory),
         rates=rates,
@@ -540,16 +548,10 @@ def problem(
 
 def _left(found: Sites) -> dict[str, str]:
     """Sites that are no layer of their own, and why."""
-    uses = _uses(found)
+    uses = found.uses
     reasons = {site.name: matrices.reason(site) for site in found.sites}
     shared = {s.name: "the leaf is used more than once" for s in found.sites if uses[s.path] > 1}
     return {name: why for name, why in reasons.items() if why} | shared
-
-
-def _uses(found: Sites) -> Counter[str]:
-    """How often each leaf is used, at sites or otherwise."""
-    others = [name for use in found.others for name in use.path.split(" + ")]
-    return Counter([*(site.path for site in found.sites), *others])
 
 
 def _sufficiency(site: Site, batches: Sequence[Any]) -> float:
@@ -699,7 +701,7 @@ def fit(
 def _layer(made: Problem, name: str, widths: Widths, x: jax.Array, reference: jax.Array) -> Layer:
     """The problem of a layer, stacked for a sliced leaf, from what the two models read."""
     site, tail = made.layers[name], made.tails[name]
-    w, has_bias = _leaf(made.params, site.path), float(name in made.biases)
+    w, has_bias = made.leaves[site.path], float(name in made.biases)
     tail, bits = (tail.factor, tail.shift), _bits(site, widths)
     return _layer_of(w, tail, bits, has_bias, x, reference, site=_form(site))
 
@@ -734,10 +736,6 @@ def _bits(site: Site, widths: Widths) -> tuple[jax.Array, jax.Array]:
     both = widths.weights[site.path], widths.acts.get(site.name, 0)
     weights, acts = (jnp.asarray(np.broadcast_to(np.ravel(b), layers), jnp.int32) for b in both)
     return weights, acts
-
-
-def _leaf(params: Params, path: str) -> jax.Array:
-    return dict(tree.named_leaves(params))[path]
 
 
 def _by_channel(a: jax.Array, w: jax.Array) -> jax.Array:
@@ -785,7 +783,7 @@ def place(made: Problem, params: Params, fits: Mapping[str, Fit], widths: Widths
     for name, fit in fits.items():
         site = made.layers[name]
         leaf = _soft(fit, _bits(site, widths), site=_form(site))
-        dtype = _leaf(made.params, site.path).dtype
+        dtype = made.leaves[site.path].dtype
         leaves[site.path] = replace(leaf, values=leaf.values.astype(dtype), dtype=dtype)
     leaves |= _moved_biases(made, fits)
     return tree.map_named(lambda path, leaf: leaves.get(path, leaf), params)
@@ -819,7 +817,7 @@ def _moved_biases(made: Problem, fits: Mapping[str, Fit]) -> dict[str, jax.Array
     moved = {}
     for name, fit in fits.items():
         if name in made.biases:
-            leaf = _leaf(made.params, made.biases[name])
+            leaf = made.leaves[made.biases[name]]
             change = made.tails[name].bias_sign * fit.bias.reshape(leaf.shape)
             moved[made.biases[name]] = (leaf.astype(jnp.float32) + change).astype(leaf.dtype)
     return moved
@@ -847,24 +845,21 @@ def harden(
         site = made.layers[name]
         q = quantizer.narrow(_hard(fit, _bits(site, widths), site=_form(site)))
         acts = q.acts if site.name in widths.acts else ()
-        acts = tuple(act and replace(act, dtype=_integer_dtype(act)) for act in acts)
-        leaves[site.path] = replace(q, acts=acts, dtype=_leaf(made.params, site.path).dtype)
+        acts = tuple(
+            act and replace(act, dtype=sites.integer_dtype(site, act.bits)) for act in acts
+        )
+        leaves[site.path] = replace(q, acts=acts, dtype=made.leaves[site.path].dtype)
     for site in made.sites.sites:
         if site.name in made.left and site.path in widths.weights and site.path not in leaves:
             bits = widths.weights[site.path]
             bits = matrices.from_matrix(jnp.asarray(bits).reshape(-1, 1, 1, 1), site)
-            leaves[site.path] = _nearest(_leaf(made.params, site.path), bits, site.contracting)
+            leaves[site.path] = _nearest(made.leaves[site.path], bits, site.contracting)
     return tree.map_named(lambda path, leaf: leaves.get(path, leaf), made.params)
 
 
 def _nearest(w: jax.Array, bits: ArrayLike, axes: tuple[int, ...]) -> QTensor:
     q = quantizer.quantize(w, best_grid(w, bits, axes))
     return replace(quantizer.narrow(q), dtype=w.dtype)
-
-
-def _integer_dtype(act: QParams) -> Any:
-    """In which dtype the data's codes are multiplied, if not in float."""
-    return jnp.dtype("int8") if int(act.bits.max()) <= 8 else None
 
 
 OnSite = Callable[[Mapping[str, Outcome]], None]

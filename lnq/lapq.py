@@ -342,7 +342,7 @@ class _Plan:
             if path not in self.uses:
                 return w
             acts = tuple(
-                act and replace(act, dtype=_integer_dtype(site, act))
+                act and replace(act, dtype=sites.integer_dtype(site, act.bits))
                 for site, act in zip(self.uses[path], self.acts(path, grids, clips), strict=False)
             )
             name = _weights(path)
@@ -374,12 +374,6 @@ def _codes(w: jax.Array, grid: QParams, *, axes: tuple[int, ...], correct: Corre
     if correct != "none":
         q = quantizer.correct_bias(x, q, axes, norm=correct == "norm")
     return replace(q, dtype=w.dtype)
-
-
-def _integer_dtype(site: Site, act: QParams) -> Any:
-    """In which dtype the data's codes are multiplied, if not in float."""
-    fits = site.primitive in sites.INTEGER_PRODUCTS and int(act.bits.max()) <= 8
-    return jnp.dtype("int8") if fits else None
 
 
 def published(

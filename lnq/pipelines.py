@@ -27,6 +27,7 @@ repair that does not lower the loss is not kept.
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,7 +79,8 @@ class Scored(NamedTuple):
       fits: Of each layer at each choice, by choice and name.
       scores: Loss of each layer at each choice; costs "bytes" and "coded bytes".
       rest: Bytes of everything that is no layer's.
-      loss: ``loss(tree) -> float`` of a model as :func:`~lnq.adaquant.place` makes it.
+      loss: ``loss(tree) -> float``, of quantized leaves or those of :func:`~lnq.adaquant.place`.
+      judged_by: ``loss_fn`` and ``distance``, as given.
     """
 
     apply_fn: ApplyFn
@@ -89,6 +91,7 @@ class Scored(NamedTuple):
     scores: Scores
     rest: int
     loss: Callable[[Params], float]
+    judged_by: Mapping[str, Any]
 
 
 class Step(NamedTuple):
@@ -143,7 +146,7 @@ def _grid_bytes(leaf: QTensor) -> int:
 
 
 def _coded_bytes(leaf: QTensor) -> int:
-    """By the entropy of its codes; the file, which has tables for parts of a leaf, is smaller."""
+    """By the entropy of its codes; the file adds a header, and gains by tables for parts of it."""
     values = np.asarray(leaf.codes)
     return int(np.ceil(ans.entropy_bits(ans.histogram(values)[1]) / 8.0)) + _grid_bytes(leaf)
 
@@ -197,7 +200,8 @@ def score(
     fits = _fits(made, chosen, choices, state or {}, on_site, progress)
     loss = _loss(apply_fn, made, loss_fn, distance)
     scores, rest = _scores(made, chosen, choices, fits, loss, progress)
-    return Scored(apply_fn, params, made, choices, fits, scores, rest, loss)
+    judged_by = {"loss_fn": loss_fn, "distance": distance}
+    return Scored(apply_fn, params, made, choices, fits, scores, rest, loss, judged_by)
 
 
 def _check_choices(choices: Choices) -> None:
@@ -248,8 +252,8 @@ def _loss(
     apply_fn: ApplyFn, made: Problem, loss_fn: LossFn | None, distance: Distance
 ) -> Callable[[Params], float]:
     """Mean loss over the calibration set, compiled once for all trees of one structure."""
-    run = sites.quantized(apply_fn)
-    references = [jax.jit(apply_fn)(made.params, batch) for batch in made.batches]
+    run, infer = sites.quantized(apply_fn), jax.jit(apply_fn)
+    references = [infer(made.params, batch) for batch in made.batches]
 
     @jax.jit
     def of_batch(params: Params, batch: Any, reference: Any) -> jax.Array:
@@ -260,7 +264,7 @@ def _loss(
 
     def loss(params: Params) -> float:
         pairs = zip(made.batches, references, strict=True)
-        losses = [float(of_batch(params, *pair)) for pair in pairs]
+        losses = jax.device_get([of_batch(params, *pair) for pair in pairs])
         return float(np.average(losses, weights=sizes))
 
     return loss
@@ -275,7 +279,7 @@ def _scores(
     progress: Progress | None,
 ) -> tuple[Scores, int]:
     """Losses with one layer at a time away from the base; a gain by chance counts as nothing."""
-    base = _placed(made, fits, dict.fromkeys(names, choices[0]))
+    base = _placed(made, _of(fits[choices[0]], names), dict.fromkeys(names, choices[0]))
     at_base = loss(base)
     losses = np.zeros((len(names), len(choices)))
     costs = np.zeros((2, len(names), len(choices)))
@@ -304,13 +308,15 @@ def _of(outcomes: Mapping[str, Outcome], names: Sequence[str]) -> dict[str, Fit]
 
 
 def _placed(
-    made: Problem,
-    fits: Mapping[tuple[int, int], Mapping[str, Outcome]],
-    chosen: Mapping[str, tuple[int, int]],
+    made: Problem, fits: Mapping[str, Fit], chosen: Mapping[str, tuple[int, int]]
 ) -> Params:
     """The model with each layer at its choice, in floats."""
-    found = {name: fits[choice][name].fit for name, choice in chosen.items()}
-    return adaquant.place(made, made.floats, found, _widths(made, chosen))
+    return adaquant.place(made, made.floats, fits, _widths(made, chosen))
+
+
+def _stitched(scored: Scored, chosen: Mapping[str, tuple[int, int]]) -> dict[str, Fit]:
+    """Every layer as it was fitted by itself."""
+    return {name: scored.fits[choice][name].fit for name, choice in chosen.items()}
 
 
 def light(
@@ -354,9 +360,10 @@ def light(
     if scored is None:
         plain: Any = {"second_order": False, "steps": 0, "weights": "fixed"}
         scored = score(apply_fn, params, calib, progress=progress, **(plain | options))
-    chosen, found, steps = _allocate(scored, budget, coded, swaps=0)
-    fits = {name: scored.fits[choice][name].fit for name, choice in chosen.items()}
-    return _repaired(scored, chosen, fits, found, steps, coded, biases=False, progress=progress)
+    chosen, found, step = _allocate(scored, budget, coded, swaps=0)
+    qtree = _hard(scored, chosen, _stitched(scored, chosen))
+    qtree, repaired = _repaired(scored, qtree, ("reconstruct",), progress)
+    return qtree, _info(scored, chosen, found, (step, *repaired), qtree, coded)
 
 
 def advanced(
@@ -396,13 +403,18 @@ def advanced(
     """
     if scored is None:
         scored = score(apply_fn, params, calib, progress=progress, **options)
-    chosen, found, steps = _allocate(scored, budget, coded, swaps)
-    fits = {name: scored.fits[choice][name].fit for name, choice in chosen.items()}
+    chosen, found, step = _allocate(scored, budget, coded, swaps)
+    fits, steps = _stitched(scored, chosen), [step]
     if refit:
-        most = budget * _float_bytes(scored) if coded else np.inf
-        fits, step = _refitted(scored, chosen, fits, steps[-1].after, most, progress)
-        steps = [*steps, step]
-    return _repaired(scored, chosen, fits, found, steps, coded, biases=True, progress=progress)
+        again = _refitted(scored, chosen, progress)
+        after = scored.loss(_placed(scored.problem, again, chosen))
+        size = _bytes(_hard(scored, chosen, again), coded)
+        kept = after < step.after and size <= budget * _float_bytes(scored)
+        fits = again if kept else fits
+        steps.append(Step("refit", step.after, after, kept))
+    qtree = _hard(scored, chosen, fits)
+    qtree, repaired = _repaired(scored, qtree, ("reconstruct", "tune biases"), progress)
+    return qtree, _info(scored, chosen, found, (*steps, *repaired), qtree, coded)
 
 
 def _float_bytes(scored: Scored) -> int:
@@ -411,18 +423,21 @@ def _float_bytes(scored: Scored) -> int:
 
 def _allocate(
     scored: Scored, budget: float, coded: bool, swaps: int
-) -> tuple[dict[str, tuple[int, int]], Allocation, list[Step]]:
+) -> tuple[dict[str, tuple[int, int]], Allocation, Step]:
     """Widths within the budget, and what the loss is there."""
-    scores, size = scored.scores, _float_bytes(scored)
-    cost, room = scores.cost[int(coded)], budget * size - scored.rest
-    choice, found = _solved(scored, cost, room)
-    while (
-        coded and (over := _file_bytes(_hard(scored, _chosen(scored, choice))) - budget * size) > 0
-    ):
-        room -= over
-        choice, found = _solved(scored, cost, room)
+    scores, most = scored.scores, budget * _float_bytes(scored)
+    cost, room = scores.cost[int(coded)], most - scored.rest
+
+    def over(choice: np.ndarray) -> float:
+        chosen = _chosen(scored, choice)
+        return _bytes(_hard(scored, chosen, _stitched(scored, chosen)), coded) - most
+
+    choice, found = _solved(scored, room, budget, coded)
+    while coded and (excess := over(choice)) > 0:
+        room -= excess
+        choice, found = _solved(scored, room, budget, coded)
     if swaps:
-        choice, *_ = allocation.local_search(
+        swapped, *_ = allocation.local_search(
             choice,
             lambda c: scored.loss(tree_of(scored, c)),
             cost,
@@ -430,20 +445,24 @@ def _allocate(
             loss=scores.loss,
             evaluations=swaps,
         )
-    chosen = _chosen(scored, choice)
+        choice = choice if coded and over(swapped) > 0 else swapped
     after = scored.loss(tree_of(scored, choice))
-    return chosen, found, [Step("allocate", scores.base, after, kept=True)]
+    return _chosen(scored, choice), found, Step("allocate", scores.base, after, kept=True)
 
 
-def _solved(scored: Scored, cost: np.ndarray, room: float) -> tuple[np.ndarray, Allocation]:
+def _solved(
+    scored: Scored, room: float, budget: float, coded: bool
+) -> tuple[np.ndarray, Allocation]:
+    scores = scored.scores
     try:
-        return allocation.allocate_bits(scored.scores.loss, cost, room)
+        return allocation.allocate_bits(scores.loss, scores.cost[int(coded)], room)
     except UnreachableError as error:
-        size = _float_bytes(scored)
-        least = (error.best + scored.rest) / size
+        smallest = _chosen(scored, np.argmin(scores.cost[int(coded)], 1))
+        qtree = _hard(scored, smallest, _stitched(scored, smallest))
+        least = _bytes(qtree, coded) / _float_bytes(scored)
         raise UnreachableError(
-            f"budget: {(room + scored.rest) / size:.4g} of the float32 size cannot be reached; the "
-            f"smallest is {least:.4g}: raise `budget`, or add smaller widths to `choices`",
+            f"budget: {budget:.4g} of the float32 size cannot be reached; the smallest is "
+            f"{least:.4g}: raise `budget`, or add smaller widths to `choices`",
             least,
         ) from error
 
@@ -460,41 +479,29 @@ def tree_of(scored: Scored, choice: np.ndarray) -> Params:
       scored: From :func:`score`.
       choice: Numbers of choices, ``[s]``.
     """
-    return _placed(scored.problem, scored.fits, _chosen(scored, choice))
+    chosen = _chosen(scored, choice)
+    return _placed(scored.problem, _stitched(scored, chosen), chosen)
 
 
-def _hard(
-    scored: Scored,
-    chosen: Mapping[str, tuple[int, int]],
-    fits: Mapping[str, Fit] | None = None,
-) -> Params:
-    if fits is None:
-        fits = {name: scored.fits[choice][name].fit for name, choice in chosen.items()}
+def _hard(scored: Scored, chosen: Mapping[str, tuple[int, int]], fits: Mapping[str, Fit]) -> Params:
     return adaquant.harden(scored.problem, fits, _widths(scored.problem, chosen))
 
 
-def _file_bytes(qtree: Params) -> int:
+def _bytes(qtree: Params, coded: bool) -> int:
+    """Of the ``.lnq`` file, or of codes of fixed length."""
+    if not coded:
+        return sum(fixed_bytes(leaf) for _, leaf in tree.named_leaves(qtree))
     with tempfile.TemporaryDirectory() as folder:
         return container.save(Path(folder, "size.lnq"), qtree)
 
 
 def _refitted(
-    scored: Scored,
-    chosen: Mapping[str, tuple[int, int]],
-    stitched: Mapping[str, Fit],
-    before: float,
-    most: float,
-    progress: Progress | None,
-) -> tuple[Mapping[str, Fit], Step]:
-    """Layers fitted in sequence at their widths, if the model is better for it, and no larger."""
-    made, widths = scored.problem, _widths(scored.problem, chosen)
-    done = adaquant.fit_in_sequence(made, widths, progress=progress)
-    fits = {name: outcome.fit for name, outcome in done.items()}
-    after = scored.loss(adaquant.place(made, made.floats, fits, widths))
-    kept = after < before and (
-        not np.isfinite(most) or _file_bytes(_hard(scored, chosen, fits)) <= most
-    )
-    return fits if kept else stitched, Step("refit", before, after, kept)
+    scored: Scored, chosen: Mapping[str, tuple[int, int]], progress: Progress | None
+) -> dict[str, Fit]:
+    """Layers fitted in sequence at their widths."""
+    widths = _widths(scored.problem, chosen)
+    done = adaquant.fit_in_sequence(scored.problem, widths, progress=progress)
+    return _of(done, list(done))
 
 
 def _small(batches: Sequence[Any]) -> list[Any]:
@@ -503,48 +510,59 @@ def _small(batches: Sequence[Any]) -> list[Any]:
     return calibration.as_batches(list(batches), min(50, max(examples // 10, 1)))
 
 
+def _reconstructed(scored: Scored, qtree: Params, progress: Progress | None) -> Params:
+    batches = scored.problem.batches
+    return tuning.reconstruct(scored.apply_fn, scored.params, qtree, batches, progress=progress)[0]
+
+
+def _tuned(scored: Scored, qtree: Params, progress: Progress | None) -> Params:
+    return tuning.tune_biases(
+        scored.apply_fn,
+        scored.params,
+        qtree,
+        _small(scored.problem.batches),
+        key=scored.problem.key,
+        progress=progress,
+        **scored.judged_by,
+    )[0]
+
+
+REPAIRS = {"reconstruct": _reconstructed, "tune biases": _tuned}
+
+
 def _repaired(
+    scored: Scored, qtree: Params, names: Sequence[str], progress: Progress | None
+) -> tuple[Params, list[Step]]:
+    """Repairs, each kept if it lowers the loss."""
+    now, steps = scored.loss(qtree), []
+    for name in names:
+        repaired, after = qtree, now
+        with suppress(tuning.NothingToRepairError):
+            repaired = REPAIRS[name](scored, qtree, progress)
+            after = scored.loss(repaired)
+        steps.append(Step(name, now, after, after < now))
+        qtree, now = (repaired, after) if after < now else (qtree, now)
+    return qtree, steps
+
+
+def _info(
     scored: Scored,
     chosen: Mapping[str, tuple[int, int]],
-    fits: Mapping[str, Fit],
     found: Allocation,
-    steps: list[Step],
+    steps: tuple[Step, ...],
+    qtree: Params,
     coded: bool,
-    *,
-    biases: bool,
-    progress: Progress | None,
-) -> tuple[Params, PipelineInfo]:
-    """Means and deviations, biases; each kept if it lowers the loss."""
-    batches, params, apply_fn = scored.problem.batches, scored.params, scored.apply_fn
-    qtree = _hard(scored, chosen, fits)
-    now = scored.loss(qtree)
-    repairs: dict[str, Callable[[Params], Any]] = {
-        "reconstruct": lambda qtree: tuning.reconstruct(
-            apply_fn, params, qtree, batches, progress=progress
-        ),
-        "tune biases": lambda qtree: tuning.tune_biases(
-            apply_fn, params, qtree, _small(batches), key=scored.problem.key, progress=progress
-        ),
-    }
-    for name in repairs if biases else ["reconstruct"]:
-        try:
-            repaired, _ = repairs[name](qtree)
-        except tuning.NothingToRepairError:
-            steps = [*steps, Step(name, now, now, kept=False)]
-            continue
-        after = scored.loss(repaired)
-        steps = [*steps, Step(name, now, after, after < now)]
-        qtree, now = (repaired, after) if after < now else (qtree, now)
-    size = sum(fixed_bytes(leaf) for _, leaf in tree.named_leaves(qtree))
-    size = _file_bytes(qtree) if coded else size
+) -> PipelineInfo:
+    size = _bytes(qtree, coded)
     sizes = [prod(scored.problem.layers[name].shape) for name in chosen]
-    bits = [weights for weights, _ in chosen.values()]
-    return qtree, PipelineInfo(
-        steps=tuple(steps),
+    return PipelineInfo(
+        steps=steps,
         widths=chosen,
         allocation=found,
         bytes=size,
         fraction=size / _float_bytes(scored),
-        paper_fraction=allocation.paper_fraction(sizes, bits),
+        paper_fraction=allocation.paper_fraction(
+            sizes, [weights for weights, _ in chosen.values()]
+        ),
         scored=scored,
     )

@@ -18,6 +18,7 @@ The file reads in order: what a site is; leaves and their views; the interpreter
 calls, loops, branches and shards; the five functions.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
@@ -31,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 
 from lnq import tree
 from lnq.quantizer import (
@@ -51,6 +53,7 @@ __all__ = [
     "Tail",
     "Window",
     "find_sites",
+    "integer_dtype",
     "perturbed",
     "quantized",
     "tails",
@@ -178,6 +181,12 @@ class Sites(NamedTuple):
 
     sites: tuple[Site, ...]
     others: tuple[OtherUse, ...]
+
+    @property
+    def uses(self) -> Counter[str]:
+        """How often each leaf is used, at sites or otherwise."""
+        others = (name for use in self.others for name in use.path.split(" + "))
+        return Counter([*(site.path for site in self.sites), *others])
 
 
 class Tail(NamedTuple):
@@ -1810,3 +1819,15 @@ def _integer_conv(
 
 INTEGER_PRODUCTS = {"dot_general": _integer_dot, "conv_general_dilated": _integer_conv}
 """Products that can be taken in int8."""
+
+
+def integer_dtype(site: Site, bits: ArrayLike) -> Any:
+    """In which dtype data of these widths is multiplied at a site; None is in float.
+
+    Example:
+      >>> site, = find_sites(lambda p, x: x @ p, jnp.eye(2), jnp.ones((1, 2))).sites
+      >>> integer_dtype(site, 4), integer_dtype(site, 9)
+      (dtype('int8'), None)
+    """
+    fits = site.primitive in INTEGER_PRODUCTS and int(np.max(bits)) <= 8
+    return jnp.dtype("int8") if fits else None

@@ -23,7 +23,6 @@ code's momentum makes 41 % of them); biases are tuned by Adam and stopped early,
 on the divergence per example (the code's is per entry of the outputs).
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -112,7 +111,7 @@ def fold(
     found, leaves = sites.find_sites(apply_fn, params, *args), dict(tree.named_leaves(params))
     if any(map(is_quantized, leaves.values())):
         raise ValueError("params: has quantized leaves; fold first, then quantize")
-    uses, before = _uses(found), _tails(apply_fn, params, args)
+    uses, before = found.uses, _tails(apply_fn, params, args)
     # A dead channel keeps its factor of 0.
     gains = {name: np.where(of.factor == 0.0, 1.0, of.factor) for name, of in before.items()}
 
@@ -169,7 +168,7 @@ def _multipliable(
     found: Sites, wanted: Callable[[Site], bool], loops: bool = True
 ) -> tuple[dict[str, Site], dict[str, str]]:
     """Sites whose leaf may be multiplied by a factor a channel, and why others may not."""
-    todo, left, uses = {}, {}, _uses(found)
+    todo, left, uses = {}, {}, found.uses
     for site in filter(wanted, found.sites):
         if site.loops and not loops:
             left[site.name] = "inside a loop"
@@ -180,12 +179,6 @@ def _multipliable(
         else:
             todo[site.name] = site
     return todo, left
-
-
-def _uses(found: Sites) -> Counter[str]:
-    """How often each leaf is used."""
-    others = (path for use in found.others for path in use.path.split(" + "))
-    return Counter([*(site.path for site in found.sites), *others])
 
 
 def _has_bias(tail: Tail, leaves: Mapping[str, Any], uses: Mapping[str, int]) -> bool:
@@ -474,7 +467,7 @@ def reconstruct(
     _check_trees(params, qtree)
     batches = calibration.as_batches(calib)
     found, leaves = sites.find_sites(apply_fn, qtree, batches[0]), dict(tree.named_leaves(qtree))
-    uses = _uses(found)
+    uses = found.uses
 
     def wanted(site: Site) -> bool:
         if select is None:
@@ -679,7 +672,7 @@ def tune_biases(
     step, evaluate = jax.jit(_step(loss, optimizer)), jax.jit(loss)
 
     def mean_loss(biases: dict[str, jax.Array], pairs: list[Any]) -> float:
-        losses = [float(evaluate(biases, soft, *pair)) for pair in pairs]
+        losses = jax.device_get([evaluate(biases, soft, *pair) for pair in pairs])
         return float(np.average(losses, weights=_shares([batch for batch, _ in pairs])))
 
     pairs = [(piece, infer(params, piece) if loss_fn is None else None) for piece in pieces]

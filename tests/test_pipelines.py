@@ -162,6 +162,56 @@ def test_a_coded_budget_bounds_the_file(tmp_path):
     assert lnq.save(tmp_path / "m.lnq", qtree) == info.bytes <= 0.7 * size
 
 
+def test_swaps_do_not_break_a_coded_budget(tmp_path):
+    apply_fn, variables, x = model()
+    size = 4 * sum(w.size for w in jax.tree.leaves(variables))
+    qtree, info = pipelines.advanced(
+        apply_fn,
+        variables,
+        x,
+        budget=0.62,
+        coded=True,
+        refit=False,
+        swaps=8,
+        scored=scored("light")[1].scored,
+    )
+    assert lnq.save(tmp_path / "m.lnq", qtree) == info.bytes <= 0.62 * size
+    with pytest.raises(
+        lnq.UnreachableError, match=r"budget: 0\.4 of .* smallest is 0\.5\d"
+    ) as error:
+        pipelines.light(
+            apply_fn, variables, x, budget=0.4, coded=True, scored=scored("light")[1].scored
+        )
+    assert error.value.best > 0.5
+
+
+def test_biases_are_tuned_by_the_distance_that_was_given():
+    """One output: the default divergence would see nothing."""
+    rng = np.random.default_rng(5)
+    params = {"a": rng.normal(size=(6, 16)), "b": rng.normal(size=(1, 16)), "c": np.ones((16, 1))}
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    x = np.float32(rng.normal(size=(200, 6)))
+
+    def regression(params, x):
+        return jnp.tanh(x @ params["a"] + params["b"]) @ params["c"]
+
+    _, info = pipelines.advanced(
+        regression,
+        params,
+        x,
+        budget=1.0,
+        choices=((2, 8),),
+        distance=distortion.mse,
+        second_order=False,
+        weights="fixed",
+        steps=0,
+        refit=False,
+        swaps=0,
+    )
+    assert info.steps[-1].name == "tune biases"
+    assert info.steps[-1].after < 0.99 * info.steps[-1].before
+
+
 def test_fits_are_saved_and_not_made_again():
     apply_fn, variables, x = model()
     saved, said = [], []

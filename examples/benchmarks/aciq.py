@@ -29,7 +29,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import sqrt
 from pathlib import Path
@@ -323,22 +323,26 @@ def merge(path: Path | None, name: str, part: Row) -> None:
     write_json(path, before | {name: part}, "jax", "flax")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("models", nargs="+", choices=[*MODELS, "timing"], metavar="model")
+def run_parts(doc: str | None, parts: Mapping[str, Callable[[argparse.Namespace], Any]]) -> None:
+    """Run the parts that the command line names, and write each row as it comes."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("parts", nargs="+", choices=parts, metavar="part")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("LNQ_DATA", DEBIAN)))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if args.models == ["timing"]:
-        print(json.dumps(next(timing(args))))
-        return
+    for name in args.parts:
+        begun, rows = time.perf_counter(), []
+        for row in parts[name](args):
+            rows.append(row)
+            print(text({k: v for k, v in row.items() if not isinstance(v, list)}), flush=True)
+            merge(args.json, name, {"seconds": time.perf_counter() - begun, "rows": rows})
 
-    for name in args.models:
-        start, rows = time.perf_counter(), []
-        for row in MODELS[name](args):
-            rows.append({"model": name, **row})
-            print(text(rows[-1]), flush=True)
-            merge(args.json, name, {"seconds": time.perf_counter() - start, "rows": rows})
+
+def main() -> None:
+    if sys.argv[1:2] == ["timing"]:
+        print(json.dumps(next(timing(argparse.Namespace()))))
+    else:
+        run_parts(__doc__, MODELS)
 
 
 if __name__ == "__main__":

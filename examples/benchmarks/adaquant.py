@@ -22,18 +22,16 @@ turns. KL (nats) is that of the logits from the float model's.
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from aciq import draw, example, merge, real_tokens, share, text
+from aciq import draw, example, real_tokens, run_parts, share
 
 import lnq
 from lnq import aciq, adaquant, demo, distortion, lapq, tuning
@@ -227,19 +225,5 @@ PARTS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="part")
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("LNQ_DATA", DEBIAN)))
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    for name in args.parts:
-        begun, rows = time.perf_counter(), []
-        for row in PARTS[name](args):
-            rows.append(row)
-            print(text(row), flush=True)
-            merge(args.json, name, {"seconds": time.perf_counter() - begun, "rows": rows})
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS)

@@ -23,7 +23,6 @@ said otherwise. WxAy are the widths of weights and data, 32 is float.
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from aciq import draw, example, merge, share, text
+from aciq import draw, example, run_parts, share
 from scipy.optimize import minimize
 
 import lnq
@@ -359,19 +358,5 @@ PARTS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="part")
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("LNQ_DATA", DEBIAN)))
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    for name in args.parts:
-        begun, rows = time.perf_counter(), []
-        for row in PARTS[name](args):
-            rows.append(row)
-            print(text({k: v for k, v in row.items() if k != "trace"}), flush=True)
-            merge(args.json, name, {"seconds": time.perf_counter() - begun, "rows": rows})
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS)

@@ -13,7 +13,6 @@ float model (nats) are on the 10 000 test images.
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from aciq import draw, merge, share, text
+from aciq import draw, run_parts, share
 from scipy.stats import spearmanr
 
 import lnq
@@ -127,19 +126,5 @@ def random_losses(scored: Scored, count: int) -> Iterator[tuple[float, float]]:
 PARTS = {"curve": curve, "additivity": additivity}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="part")
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("LNQ_DATA", DEBIAN)))
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    for name in args.parts:
-        begun, rows = time.perf_counter(), []
-        for row in PARTS[name](args):
-            rows.append(row)
-            print(text({k: v for k, v in row.items() if not isinstance(v, list)}), flush=True)
-            merge(args.json, name, {"seconds": time.perf_counter() - begun, "rows": rows})
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS)
