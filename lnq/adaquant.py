@@ -623,7 +623,7 @@ def _sampler(
             real = jnp.repeat(valid.ravel(), count // valid.size).astype(jnp.float32)
             places = jax.random.choice(key, count, (size,), p=real / jnp.maximum(real.sum(), 1.0))
         else:
-            places = jax.random.permutation(key, count)[:size]
+            places = _spread(key, count, size)
         return _Sample(matrices.rows(x, site, places).astype(jnp.float32), jnp.float32(count))
 
     def merge(key: jax.Array, a: _Sample, b: _Sample) -> _Sample:
@@ -646,6 +646,14 @@ def _sampler(
         return {name: x.reshape(-1, *x.shape[-3:]) for name, x in rows.items()}
 
     return sample
+
+
+def _spread(key: jax.Array, count: int, size: int) -> jax.Array:
+    """So many of ``count`` places in random order, one out of each of equal stretches."""
+    edges = np.arange(size + 1, dtype=np.int64) * count // size
+    within, order = jax.random.split(key)
+    places = jax.random.randint(within, (size,), edges[:-1], edges[1:])
+    return jax.random.permutation(order, places)
 
 
 def _free(x: jax.Array, site: Site) -> tuple[int, ...]:

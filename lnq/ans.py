@@ -310,7 +310,7 @@ def decode(
         classes,
         tables.steps,
         tables.symbols,
-        _padded(stream.escapes, 64 if stream.escapes.size else 0, octaves=2),
+        _padded(stream.escapes, 1024 if stream.escapes.size else 0, octaves=2),
         precision=tables.precision,
         segment=segment,
         dtype=dtype,
@@ -676,7 +676,7 @@ def _encode_pairs(tables: Tables, alphabet: np.ndarray) -> tuple[np.ndarray, np.
     dense = _dense(tables, alphabet, pairs)
     escaped = (dense < 0) | (np.arange(len(alphabet)) == 0)
     dense = np.where(escaped, dense[:, :1], dense).astype(np.uint32)
-    width = 1 << (len(alphabet) - 1).bit_length()  # few widths, so that few programs are compiled
+    width = max(256, 1 << (len(alphabet) - 1).bit_length())  # few widths: few programs to compile
     return np.pad(dense, ((0, 0), (0, width - len(alphabet)))), escaped
 
 

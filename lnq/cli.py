@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the work failed (one line says why), 2 the command line wa
 """
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -121,6 +122,8 @@ def demo(
 ) -> None:
     """Compress a small trained network that ships with lnq, and measure what it costs."""
     with _one_line_errors():
+        if not every:  # it compiles more than it computes
+            os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
         from lnq import demo as shipped
 
         with _bar("demo") as progress:

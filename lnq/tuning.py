@@ -124,6 +124,9 @@ def fold(
     new: dict[str, Any] = {}
     for paths in zip_longest(*(_candidates(site, gains, leaves, uses) for site in todo.values())):
         tried = {name: path for name, path in zip(todo, paths, strict=True) if path}
+        tried = {name: path for name, path in tried.items() if name in left}
+        if not tried:
+            continue
         trial = {path: _divided(leaves[path], gains[name]) for name, path in tried.items()}
         after = _tails(apply_fn, _replaced(params, trial), args)
         for name, path in tried.items():
@@ -155,9 +158,9 @@ def _tails(apply_fn: ApplyFn, params: Params, args: tuple[Any, ...]) -> dict[str
 def _candidates(
     site: Site, gains: Mapping[str, np.ndarray], leaves: Mapping[str, Any], uses: Mapping[str, int]
 ) -> list[str]:
-    """Leaves behind a site, used nowhere else, with an entry for each channel."""
+    """Leaves behind a site, used nowhere else, with an entry for each channel; the last first."""
     size = gains[site.name].size
-    return [path for path in site.affine if uses[path] == 1 and leaves[path].size == size]
+    return [path for path in site.affine[::-1] if uses[path] == 1 and leaves[path].size == size]
 
 
 def _divided(leaf: Any, gain: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """A trained network and data that ship with lnq, and what compression does to them."""
 
-from functools import partial
+from functools import cache, partial
 from importlib.resources import as_file, files
 from math import sqrt
 from pathlib import Path
@@ -52,7 +52,8 @@ def run(target: Path, progress: Progress | None = None, *, full: bool = False) -
     Args:
       target: The ``.lnq`` file of the last row.
       progress: Called as work proceeds.
-      full: Whether the pipelines have all their choices and examples.
+      full: Whether LAPQ and the pipelines have all examples, and these all their choices; without,
+        the two pipelines share one pass of scores.
     """
     demo = load()
     apply_quantized = jax.jit(lnq.quantized(demo.apply_fn))
@@ -63,8 +64,8 @@ def run(target: Path, progress: Progress | None = None, *, full: bool = False) -
         table.add_column(column, justify="right")
     size = sum(w.nbytes for w in jax.tree.leaves(demo.variables))
     table.add_row("float32", f"{size:,}", "32.00", "", "", "", _accuracy(reference, demo.labels))
-    for name, method in _methods(full).items():
-        qtree, _ = method(demo.apply_fn, demo.variables, demo.calib, progress=progress)
+    for name, method in _methods(demo, full).items():
+        qtree, _ = method(progress=progress)
         lnq.save(target, qtree, progress=progress)
         found = lnq.info(target)
         outputs = apply_quantized(lnq.load(target), demo.images)
@@ -77,11 +78,12 @@ def run(target: Path, progress: Progress | None = None, *, full: bool = False) -
             f"{lnq.riq.example_deviation(reference, outputs).mean():.4f}",
             _accuracy(outputs, demo.labels),
         )
+    shared = "" if full else ", from one pass of second-order rounding"
     table.caption = (
         "bytes: the whole file; vs zstd: the same codes, best of levels 1, 3, 19;\n"
         "W4A4: weights and activations in 4 bits, first and last layer in 8; max: no clip;\n"
         "LAPQ: one scale per tensor (max and ACIQ: per channel), searched on the divergence;\n"
-        "light, advanced: widths by integer program, at most 10 % of the size;\n"
+        f"light, advanced: at most 10 % of the size{shared};\n"
         "deviation: 1 - cosine of the logits on 1000 test images, bound set on 512 others"
     )
     return table
@@ -106,34 +108,35 @@ def zstd_bytes(qtree: Params) -> int:
     return min(len(zstandard.compress(raw, level)) for level in (1, 3, 19))
 
 
-def _methods(full: bool) -> dict[str, Any]:
-    """Method of each row; RIQ last, so that the file left behind is the one with a bound."""
-    small: Any = {} if full else {"choices": ((8, 8), (4, 8), (2, 8)), "rows": 1024, "steps": 0}
-    methods: Any = {"light": lnq.pipelines.light, "advanced": lnq.pipelines.advanced}
-    if not full:
-        methods["advanced"] = partial(lnq.pipelines.advanced, swaps=0)
-    return (
-        {
-            "W4A4 max": partial(lnq.aciq.quantize, act_clip="max", correct="none"),
-            "W4A4 ACIQ": lnq.aciq.quantize,
-            "W4A4 LAPQ": partial(lnq.lapq.quantize, ps=(2.0, 2.5, 3.0), rough=1, sweeps=0),
-        }
-        | {
-            name: partial(_on_some, method, None if full else 128, budget=0.1, coded=True, **small)
-            for name, method in methods.items()
-        }
-        | {
-            f"RIQ < {bound}": partial(lnq.riq.compress, max_deviation=bound, eps0=0.003)
-            for bound in (0.001, 0.005)
-        }
-    )
+def _methods(demo: Demo, full: bool) -> dict[str, Any]:
+    """Function of ``progress`` of each row; RIQ last: the file left behind is one with a bound."""
+    everything = demo.apply_fn, demo.variables, demo.calib
+    some = demo.apply_fn, demo.variables, demo.calib[:128]
+    choices: Any = {"choices": ((8, 8), (4, 8), (2, 8)), "rows": 1024, "steps": 0}
+    scored = cache(partial(lnq.pipelines.score, *some, **choices))
 
+    def sized(pipeline: Any, **options: Any) -> Any:
+        def run(progress: Progress | None) -> Any:
+            small = {} if full else {"scored": scored(), **options}
+            return pipeline(*everything, budget=0.1, coded=True, progress=progress, **small)
 
-def _on_some(
-    method: Any, examples: int | None, apply_fn: ApplyFn, params: Params, calib: Any, **options: Any
-) -> Any:
-    """A method on the first examples alone."""
-    return method(apply_fn, params, calib[:examples], **options)
+        return run
+
+    def within(bound: float) -> Any:
+        return partial(lnq.riq.compress, *everything, max_deviation=bound, eps0=0.003)
+
+    aciq, lapq = lnq.aciq.quantize, lnq.lapq.quantize
+    return {
+        "W4A4 max": partial(aciq, *everything, act_clip="max", correct="none"),
+        "W4A4 ACIQ": partial(aciq, *everything),
+        "W4A4 LAPQ": partial(
+            lapq, *(everything if full else some), ps=(2.0, 2.5, 3.0), rough=1, sweeps=0
+        ),
+        "light": sized(lnq.pipelines.light),
+        "advanced": sized(lnq.pipelines.advanced, swaps=0),
+        "RIQ < 0.001": within(0.001),
+        "RIQ < 0.005": within(0.005),
+    }
 
 
 def _accuracy(logits: jax.Array, labels: np.ndarray) -> str:
