@@ -2,8 +2,9 @@
 
 A quantized model is the same parameter tree with some leaves replaced by
 :class:`~lnq.quantizer.QTensor`. Methods are modules (:mod:`lnq.riq`, :mod:`lnq.aciq`,
-:mod:`lnq.lapq`); a tree goes
-to a file with :func:`save` and comes back with :func:`load`; ``quantized(apply_fn)`` runs it.
+:mod:`lnq.lapq`, :mod:`lnq.adaquant`, :mod:`lnq.pipelines`); a tree goes to a file with :func:`save`
+and comes back with :func:`load`; ``quantized(apply_fn)`` runs it. :mod:`lnq.attention` is attention
+in linear time.
 """
 
 from importlib import import_module
@@ -29,6 +30,7 @@ _MODULES = (
     "adaquant",
     "allocation",
     "ans",
+    "attention",
     "calibration",
     "checkpoint",
     "clipping",
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
         adaquant,
         allocation,
         ans,
+        attention,
         calibration,
         checkpoint,
         clipping,

@@ -169,6 +169,13 @@ def additivity_rows(results):
         yield f"| {row['rank_correlation']:.3f} | {row['median_ratio']:.2f} |"
 
 
+def repairs_rows(results):
+    for row in part(results, "repairs"):
+        yield (
+            f"| {row['widths']} | {row['name']} | {row['kl']:.4f} | {percent(row, 'accuracy')} |"
+        )
+
+
 def curve_rows(results):
     for row in part(results, "curve"):
         if row["name"] == "float":
@@ -224,6 +231,7 @@ def landscape_rows(results):
         ("adaquant", "adaquant", adaquant_rows),
         ("pipelines", "pipelines", additivity_rows),
         ("pipelines", "pipelines", curve_rows),
+        ("tuning", "pipelines", repairs_rows),
     ],
 )
 def test_tables_show_the_committed_results(page, name, rows):
@@ -249,7 +257,12 @@ def test_every_public_name_has_its_line_in_the_docs():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "shown"), [("quickstart", "bits per weight"), ("budget", "times smaller")]
+    ("name", "shown"),
+    [
+        ("quickstart", "bits per weight"),
+        ("budget", "times smaller"),
+        ("attention", "linear attention after"),
+    ],
 )
 def test_notebooks_run_top_to_bottom(name, shown, fresh):
     import nbclient

@@ -10,6 +10,7 @@ float model (nats) are on the 10 000 test images.
   no program, but fits and repairs alike. `published` has the paper's choices, 8/8 and 4/4.
 * `additivity`: 50 random allocations: the sum of the layers' losses against the loss measured, and
   their rank correlation; a picture for the page.
+* `repairs`: ACIQ at three pairs of widths, repaired by each function alone and by two in turn.
 """
 
 import argparse
@@ -24,8 +25,9 @@ from aciq import draw, run_parts, share
 from scipy.stats import spearmanr
 
 import lnq
-from lnq import demo, distortion, pipelines
+from lnq import demo, distortion, pipelines, tuning
 from lnq.demo.data import read_fashion_mnist
+from lnq.demo.resnet import ResNet
 from lnq.pipelines import Scored
 
 Row = dict[str, Any]
@@ -123,7 +125,33 @@ def random_losses(scored: Scored, count: int) -> Iterator[tuple[float, float]]:
         yield scores.base + scores.loss[np.arange(sites), choice].sum(), loss
 
 
-PARTS = {"curve": curve, "additivity": additivity}
+def repairs(args: argparse.Namespace) -> Iterator[Row]:
+    apply_fn, variables, calib = network()
+    of, key = judge(args, apply_fn, variables), jax.random.key(0)
+
+    def train_fn(params: Any, batch: Any) -> Any:
+        return ResNet().apply(params, batch, train=True, mutable=["batch_stats"])[1]
+
+    steps: dict[str, Callable[[Any], Any]] = {
+        "reestimate": lambda q: tuning.reestimate(train_fn, q, calib)[0],
+        "reconstruct": lambda q: tuning.reconstruct(apply_fn, variables, q, calib)[0],
+        "tune_biases": lambda q: tuning.tune_biases(apply_fn, variables, q, calib, key=key)[0],
+    }
+    alone = [(), *((name,) for name in steps)]
+    together = [("reestimate", "tune_biases"), ("reconstruct", "tune_biases")]
+    for bits in (4, 3, 2):
+        start, _ = lnq.aciq.quantize(
+            apply_fn, variables, calib, weight_bits=bits, act_bits=max(bits, 3)
+        )
+        for names in (*alone, *together):
+            qtree = start
+            for name in names:
+                qtree = steps[name](qtree)
+            widths = f"W{bits}A{max(bits, 3)}"
+            yield {"widths": widths, "name": ", ".join(names) or "none", **of(qtree)}
+
+
+PARTS = {"curve": curve, "additivity": additivity, "repairs": repairs}
 
 
 if __name__ == "__main__":

@@ -120,28 +120,35 @@ def attention_fn(
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
     elif dtype is not None:
         query, key, value = (x.astype(dtype) for x in (query, key, value))
-    lln.check_axes(query, key, value)
     decoding = query.shape[-3] == 1 < key.shape[-3]
-    _refuse(alpha=decoding and alpha is None, segment_ids=decoding and segment_ids is not None)
+    ordered = diagonal or is_causal or segment_ids is not None
+    lln.check_axes(query, key, value, same_length=ordered and not decoding)
     key_mask, mask = _keys_only(mask, key_mask, query, key)
-    _refuse(mask=mask is not None and not quadratic)
+    _refuse(
+        alpha=decoding and alpha is None,
+        segment_ids=decoding and segment_ids is not None,
+        mask=mask is not None and (not quadratic or (decoding and diagonal)),
+        weights=module is not None and diagonal and any(map(jnp.ndim, weights)),
+    )
+    order: Any = {"causal": is_causal and not decoding, "segment_ids": segment_ids}
+    seen = None if mask is None else _seen(mask, key_mask, query, key, **order)
+    real: Any = {"key_mask": key_mask}
+    if seen is not None:  # padding is what nobody sees, or what sees nobody
+        real = {"query_mask": seen.any((-3, -1)), "key_mask": seen.any((-3, -2))}
     measured = lln.given_or_measured(
-        query, key, alpha, beta, stats=stats, constants=constants, key_mask=key_mask
+        query, key, alpha, beta, stats=stats, constants=constants, **real
     )
     slopes: Any = dict(zip(("alpha", "beta"), measured, strict=True))
-    order: Any = {"causal": is_causal and not decoding, "segment_ids": segment_ids}
 
     def far(value: jax.Array) -> jax.Array:
-        if mask is not None:
-            seen = _seen(mask, key_mask, query, key, **order)
+        if seen is not None:
             return lln.quadratic_attention(query, key, value, mask=seen, **slopes)
         given: Any = {"key_mask": key_mask, "chunk_size": chunk_size, **order}
         return lln.lln_attention(query, key, value, **given, **slopes)
 
     def near(value: jax.Array) -> jax.Array:
         args = query, key, value
-        if mask is not None:
-            seen = _seen(mask, key_mask, query, key, **order)
+        if seen is not None:
             return lln.quadratic_diagonal_attention(*args, mask=seen, block_size=block_size)
         if decoding:
             return lln.last_block_attention(*args, key_mask=key_mask, block_size=block_size)
@@ -164,8 +171,9 @@ REMEDY = {
     "attn_weights_value_einsum": "there is no product of weights and values to override",
     "alpha": "decoding sees one query and cannot measure; give alpha and beta as in training",
     "segment_ids": "decoding has one segment; mask the keys of others",
-    "mask": "one of queries and keys has no linear form; give is_causal=True, key_mask or "
-    "segment_ids instead, or quadratic=True",
+    "mask": "one of queries and keys, or of each head, has no linear form; give is_causal=True, "
+    "key_mask or segment_ids instead, or quadratic=True; in decoding with diagonal=False only",
+    "weights": "of each channel make no attention weights to sow; give two numbers",
 }
 
 

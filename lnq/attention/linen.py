@@ -5,7 +5,7 @@ one is a checkpoint of the other.
 """
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +109,7 @@ class LLNAttention(nn.Module):
         Raises:
           ValueError: If sizes do not divide, options contradict each other, or axes do not fit.
         """
+        check_options(self.near, self.stats, self.momentum, self.causal, self.decode)
         inputs_k = inputs_q if inputs_k is None else inputs_k
         inputs_v = inputs_k if inputs_v is None else inputs_v
         q, k, v = self._project(inputs_q, inputs_k, inputs_v)
@@ -164,7 +165,6 @@ class LLNAttention(nn.Module):
         given: Any = {"stats": self.stats, "key_mask": key_mask}
         if q.shape[-3] == k.shape[-3]:
             given["query_mask"] = key_mask
-        check_momentum(self.momentum, self.stats, self.decode and not self.causal, self.decode)
         if self.momentum is None:
             return lln.scales(q, k, constants=self.constants, **given)
         groups = k.shape[-2] if self.stats == "head" else 1
@@ -183,6 +183,7 @@ class LLNAttention(nn.Module):
     def _append(self, q: jax.Array, k: jax.Array, v: jax.Array, options: Any) -> jax.Array:
         batch, sizes = k.shape[:-3], (k.shape[-2], k.shape[-1], v.shape[-1])
         far = self.variable("cache", "far", lambda: lln.init_state(batch, *sizes)._asdict())
+        check_tokens(q, k, v, far.value["peak"])
         x, state = lln.extend(State(**far.value), q, k, v, **options)
         if not self.is_initializing():
             far.value = state._asdict()
@@ -214,14 +215,27 @@ def check_heads(features: int, heads: int, kv_heads: int) -> None:
         raise ValueError(f"num_heads: {heads} must be a multiple of num_kv_heads {kv_heads}")
 
 
-def check_momentum(momentum: float | None, stats: Stats, free: bool, decode: bool) -> None:
-    """Raise a ValueError if deviations cannot be kept as they must."""
-    if free:
+def check_options(
+    near: Near, stats: Stats, momentum: float | None, causal: bool, decode: bool
+) -> None:
+    """Raise a ValueError unless options go together."""
+    if near not in get_args(Near):
+        raise ValueError(f"near: must be one of {', '.join(get_args(Near))}, not {near!r}")
+    if decode and not causal:
         raise ValueError("decode: needs causal=True")
     if decode and momentum is None:
         raise ValueError("decode: needs kept deviations; give momentum, in training too")
-    if momentum is not None and stats == "example":
-        raise ValueError("stats: 'example' has none to keep; use 'head' or 'global'")
+    if momentum is not None and stats not in ("global", "head"):
+        raise ValueError(f"stats: {stats!r} has none to keep; use 'head' or 'global'")
+
+
+def check_tokens(q: jax.Array, k: jax.Array, v: jax.Array, peak: jax.Array) -> None:
+    """Raise a ValueError unless tokens fit together and follow those of a cache."""
+    lln.check_axes(q, k, v, same_length=True)
+    if k.shape[:-3] != peak.shape[:-2]:
+        raise ValueError(
+            f"cache: is of a batch {peak.shape[:-2]}, not {k.shape[:-3]}; make another"
+        )
 
 
 def moved(old: jax.Array, new: jax.Array, momentum: float) -> jax.Array:

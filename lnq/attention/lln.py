@@ -35,6 +35,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from lnq.distortion import wide
+
 __all__ = [
     "PUBLISHED",
     "Block",
@@ -70,14 +72,14 @@ PUBLISHED = (0.14855178144710912, -0.35487039130661086)
 """a and b of the authors' code, which fit heads of size 64."""
 
 FITTED = {
-    16: (0.212, -0.341),
-    32: (0.179, -0.357),
-    64: (0.148, -0.346),
-    80: (0.1405, -0.339),
-    96: (0.134, -0.335),
-    128: (0.1255, -0.332),
+    16: (0.2086, -0.320),
+    32: (0.1770, -0.346),
+    64: (0.1488, -0.344),
+    80: (0.1403, -0.340),
+    96: (0.1332, -0.331),
+    128: (0.1240, -0.325),
 }
-"""The same fit for other sizes of heads: :func:`lnq.attention.concentration.fit_constants`."""
+"""The same fit by :func:`lnq.attention.concentration.fit_constants`, for sizes of heads."""
 
 FLOOR = -1e30
 """The exponent of a key that is not there; finite, so that differences are."""
@@ -91,7 +93,7 @@ def constants(head_dim: int) -> tuple[float, float]:
 
     Example:
       >>> constants(128), constants(32)
-      ((0.1255, -0.332), (0.179, -0.357))
+      ((0.124, -0.325), (0.177, -0.346))
     """
     sizes = np.log(list(FITTED))
     a, b = (
@@ -122,7 +124,7 @@ def moment_match(
     References:
       Section on moment matching of the paper.
     """
-    s_q, s_k = (jnp.asarray(s, jnp.result_type(s, jnp.float32)) for s in (s_q, s_k))
+    s_q, s_k = (wide(jnp.asarray(s)) for s in (s_q, s_k))
     s = jnp.sqrt((s_q**2 * s_k**2 - b) / (2.0 * a))
     alpha, beta = (
         jnp.where(own > 0.0, s / jnp.where(own > 0.0, own, 1.0), 1.0) for own in (s_q, s_k)
@@ -173,21 +175,22 @@ def deviations(
     """Standard deviations of queries and keys, ``[..., 1, g, 1]``, as :func:`scales` takes them."""
     if stats not in get_args(Stats):
         raise ValueError(f"stats: must be one of {', '.join(get_args(Stats))}, not {stats!r}")
-    q, k = lax.stop_gradient((q.reshape(*q.shape[:-2], k.shape[-2], -1), k))
+    heads, groups = q.shape[-2], k.shape[-2]
+    q = q.reshape(*q.shape[:-2], groups, heads // groups * q.shape[-1])
+    q, k = lax.stop_gradient((q, k))
     return _deviation(q, query_mask, stats), _deviation(k, key_mask, stats)
 
 
 def _deviation(x: jax.Array, mask: jax.Array | None, stats: Stats) -> jax.Array:
     """Unbiased, of real tokens; axes stay, with size 1 or 0 of them reduced."""
-    x = _wide(x)
+    x = wide(x)
     axes = {
         "global": tuple(range(x.ndim)),
         "head": tuple(i for i in range(x.ndim) if i != x.ndim - 2),
         "example": (x.ndim - 3, x.ndim - 1),
     }[stats]
-    real = jnp.ones_like(x)
-    if mask is not None:
-        real = jnp.where(mask[..., None, None].astype(bool), real, 0.0)
+    x, real = _zeroed(x, mask), _zeroed(jnp.ones_like(x), mask)
+    x = x - jnp.max(x, axes, keepdims=True, initial=FLOOR, where=real > 0.0)  # constants become 0
     count = real.sum(axes, keepdims=True)
     mean = (real * x).sum(axes, keepdims=True) / jnp.maximum(count, 1.0)
     square = (real * (x - mean) ** 2).sum(axes, keepdims=True)
@@ -242,7 +245,8 @@ def summarize(
       >>> state.sums[0, 0]  # the sum of three values of 1, and of three weights
       Array([3., 3.], dtype=float32)
     """
-    return _state(_wide(k) * beta, _with_ones(v), _tokens(k, key_mask, None).real)
+    k, v = _zeroed(k, key_mask), _zeroed(v, key_mask)
+    return _state(wide(k) * beta, _with_ones(v), _tokens(k, key_mask, None).real)
 
 
 def _state(y: jax.Array, v: jax.Array, mask: jax.Array) -> State:
@@ -322,8 +326,8 @@ def extend(
       q: ``[..., n, h, d]``.
       k: ``[..., n, g, d]``; g divides h.
       v: ``[..., n, g, e]``.
-      alpha: Broadcasts against q with its heads as ``[..., n, g, h / g * d]``; see :func:`scales`.
-      beta: Broadcasts against k.
+      alpha: A number, or ``[..., 1, g, 1]`` as from :func:`scales`.
+      beta: Likewise.
       key_mask: Which keys count, ``[..., n]``.
       segment_ids: A query meets keys of its own segment only, ``[..., n]``, each segment in one
         piece; ``state`` belongs to the first.
@@ -331,6 +335,9 @@ def extend(
 
     Returns:
       ``[..., n, h, e]``, in float32 at least, and the state (of the last segment).
+
+    Raises:
+      ValueError: If axes do not fit.
 
     Example:
       >>> k = jax.random.normal(jax.random.key(0), (5, 1, 4))
@@ -341,6 +348,8 @@ def extend(
       >>> bool(jnp.allclose(whole, jnp.concatenate([first, last]), atol=1e-6))
       True
     """
+    check_axes(q, k, v, same_length=True)
+    k, v = _zeroed(k, key_mask), _zeroed(v, key_mask)
     tokens = _tokens(k, key_mask, segment_ids)
     part, state = _causal(state, q, k, v, alpha, beta, tokens, chunk_size)
     return _mean(part), state
@@ -355,9 +364,13 @@ def step(
     alpha: ArrayLike,
     beta: ArrayLike,
 ) -> tuple[jax.Array, State]:
-    """One token: :func:`extend` by ``q [..., h, d]``, ``k [..., g, d]`` and ``v [..., g, e]``."""
+    """One token: :func:`extend` by ``q [..., h, d]``, ``k [..., g, d]`` and ``v [..., g, e]``.
+
+    alpha and beta are as there, ``[..., 1, g, 1]`` if they are no numbers.
+    """
     q, k, v = (x[..., None, :, :] for x in (q, k, v))
-    state = merge(state, summarize(k, v, beta=beta))
+    new = summarize(k, v, beta=beta)
+    state = merge(State(*(a.astype(new.peak.dtype) for a in state)), new)
     return read(state, q, alpha=alpha)[..., 0, :, :], state
 
 
@@ -369,9 +382,19 @@ class _Tokens(NamedTuple):
 
 
 def _tokens(k: jax.Array, key_mask: jax.Array | None, segment_ids: jax.Array | None) -> _Tokens:
-    real = jnp.ones((), bool) if key_mask is None else key_mask.astype(bool)
-    ids = jnp.zeros((), jnp.int32) if segment_ids is None else segment_ids
+    real = jnp.ones((), bool) if key_mask is None else jnp.asarray(key_mask, bool)
+    ids = jnp.zeros((), jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
+    for name, a in {"key_mask": real, "segment_ids": ids}.items():
+        if a.ndim and a.shape != k.shape[:-2]:
+            raise ValueError(f"{name}: must be [..., length] {k.shape[:-2]}, not {a.shape}")
     return _Tokens(*(jnp.broadcast_to(a, k.shape[:-2]) for a in (real, ids)))
+
+
+def _zeroed(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Without what stands in padding, ``[..., n, h, d]`` by ``[..., n]``."""
+    if mask is None:
+        return x
+    return jnp.where(jnp.asarray(mask, bool)[..., None, None], x, jnp.zeros((), x.dtype))
 
 
 def _causal(
@@ -386,9 +409,13 @@ def _causal(
     strict: bool = False,
 ) -> tuple[_Part, State]:
     """Sums over the keys up to each query, or before it."""
-    size, groups = k.shape[-3], k.shape[-2]
-    chunk = max(1, min(chunk_size, size))
-    x, y, v = _queries(q, alpha, groups), _wide(k) * beta, _with_ones(v)
+    size, chunk = k.shape[-3], min(chunk_size, k.shape[-3])
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: must be at least 1, not {chunk_size}")
+    x, y, v = _queries(q, alpha, k.shape[-2]), wide(k) * beta, _with_ones(v)
+    state = State(*(a.astype(y.dtype) for a in state))
+    if not size:
+        return _read(state, x), state
     x, y, v = (_cut(a, axis, chunk) for a, axis in ((x, -4), (y, -3), (v, -3)))
     real, ids = _cut(tokens.real, -1, chunk), _cut(tokens.segment, -1, chunk, mode="edge")
     order = jnp.tri(chunk, k=-1 if strict else 0, dtype=bool)
@@ -405,8 +432,7 @@ def _causal(
         state = merge(kept, _state(y, v, real & (ids == last[..., None])))
         return (state, last), _join(earlier, _pairs(x, y, v, seen))
 
-    start = State(*(a.astype(y.dtype) for a in state)), tokens.segment[..., 0]
-    (state, _), part = lax.scan(turn, start, (x, y, v, real, ids))
+    (state, _), part = lax.scan(turn, (state, tokens.segment[..., 0]), (x, y, v, real, ids))
     return _Part(*(_whole(a, size) for a in part)), state
 
 
@@ -426,8 +452,13 @@ def _pairs(x: jax.Array, y: jax.Array, v: jax.Array, allowed: jax.Array) -> _Par
 
 def _queries(q: jax.Array, alpha: ArrayLike, groups: int) -> jax.Array:
     """Exponents ``[..., n, g, r, d]``."""
-    grouped = _wide(q).reshape(*q.shape[:-2], groups, -1, q.shape[-1])
-    return grouped * _for_groups(alpha)
+    heads, size = q.shape[-2:]
+    return wide(q).reshape(*q.shape[:-2], groups, heads // groups, size) * _for_groups(alpha)
+
+
+def _scaled(q: jax.Array, groups: int) -> jax.Array:
+    """As softmax takes them."""
+    return _queries(q, q.shape[-1] ** -0.5, groups)
 
 
 def _for_groups(alpha: ArrayLike) -> ArrayLike:
@@ -439,12 +470,8 @@ def _flat_heads(x: jax.Array) -> jax.Array:
 
 
 def _with_ones(v: jax.Array) -> jax.Array:
-    v = _wide(v)
+    v = wide(v)
     return jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _cut(x: jax.Array, axis: int, chunk: int, mode: str = "constant") -> jax.Array:
@@ -452,14 +479,14 @@ def _cut(x: jax.Array, axis: int, chunk: int, mode: str = "constant") -> jax.Arr
     axis += x.ndim
     pad = [(0, -x.shape[axis] % chunk if i == axis else 0) for i in range(x.ndim)]
     x = jnp.pad(x, pad, mode=mode)
-    x = x.reshape(*x.shape[:axis], -1, chunk, *x.shape[axis + 1 :])
+    x = x.reshape(*x.shape[:axis], x.shape[axis] // chunk, chunk, *x.shape[axis + 1 :])
     return jnp.moveaxis(x, axis, 0)
 
 
 def _whole(x: jax.Array, size: int) -> jax.Array:
     """Undo that, for ``[c, ..., chunk, g, r, e]``."""
     x = jnp.moveaxis(x, 0, -5)
-    x = x.reshape(*x.shape[:-5], -1, *x.shape[-3:])
+    x = x.reshape(*x.shape[:-5], x.shape[-5] * x.shape[-4], *x.shape[-3:])
     return x[..., :size, :, :, :]
 
 
@@ -518,6 +545,7 @@ def lln_attention(
       Section on LLN attention of the paper.
     """
     check_axes(q, k, v, same_length=causal or segment_ids is not None)
+    k, v = _zeroed(k, key_mask), _zeroed(v, key_mask)
     alpha, beta = given_or_measured(
         q,
         k,
@@ -534,7 +562,7 @@ def lln_attention(
         if not causal:
             part = _join(part, _from_end(q, k, v, alpha, beta, tokens, chunk_size))
         return _mean(part).astype(v.dtype)
-    state = _state(_wide(k) * beta, _with_ones(v), tokens.real)
+    state = _state(wide(k) * beta, _with_ones(v), tokens.real)
     return read(state, q, alpha=alpha).astype(v.dtype)
 
 
@@ -597,13 +625,14 @@ def diagonal_attention(
       Section on LLN+Diag of the paper.
     """
     check_axes(q, k, v, same_length=True)
+    k, v = _zeroed(k, key_mask), _zeroed(v, key_mask)
     block = q.shape[-1] if block_size is None else block_size
     if block < 1:
         raise ValueError(f"block_size: must be at least 1, not {block}")
     size, tokens = q.shape[-3], _tokens(k, key_mask, segment_ids)
     block = max(1, min(block, size))
-    x = _queries(q, 1.0 / np.sqrt(q.shape[-1]), k.shape[-2])
-    x, y, w = (_cut(a, i, block) for a, i in ((x, -4), (_wide(k), -3), (_wide(v), -3)))
+    x = _scaled(q, k.shape[-2])
+    x, y, w = (_cut(a, i, block) for a, i in ((x, -4), (wide(k), -3), (wide(v), -3)))
     real, ids = (_cut(a, -1, block) for a in tokens)
     seen = real[..., None, :] & (ids[..., :, None] == ids[..., None, :])
     if causal:
@@ -666,7 +695,7 @@ def lln_diag_attention(
 
 def combine(far: jax.Array, near: jax.Array, weights: tuple[ArrayLike, ArrayLike]) -> jax.Array:
     """Two outputs ``[..., n, h, e]`` as :func:`lln_diag_attention` weighs them; float32 or more."""
-    parts = [_wide(out) * _per_head(w, out) for w, out in zip(weights, (far, near), strict=True)]
+    parts = [wide(out) * _per_head(w, out) for w, out in zip(weights, (far, near), strict=True)]
     return parts[0] + parts[1]
 
 
@@ -700,7 +729,7 @@ def quadratic_attention(
     Returns:
       ``[..., n, h, e]``, in float32 at least; 0 for a query that sees no key.
     """
-    x, y = _queries(q, alpha, k.shape[-2]), _wide(k) * beta
+    x, y = _queries(q, alpha, k.shape[-2]), wide(k) * beta
     peak = lax.stop_gradient(y.max(-3, keepdims=True, initial=FLOOR))
     x = x + peak[..., None, :]
     x = x - lax.stop_gradient(x.max(-1, keepdims=True))
@@ -729,16 +758,17 @@ def quadratic_diagonal_attention(
     block = np.arange(q.shape[-3]) // (block_size or q.shape[-1])
     near = jnp.asarray(block[:, None] == block)
     seen = _by_heads(mask, q, k)
-    x = _queries(q, 1.0 / np.sqrt(q.shape[-1]), k.shape[-2])
+    x = _scaled(q, k.shape[-2])
     seen &= jnp.broadcast_to(near, seen.shape)
-    return _flat_heads(_softmax(x, _wide(k), _wide(v), seen))
+    return _flat_heads(_softmax(x, wide(k), wide(v), seen))
 
 
 def _by_heads(mask: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:
     """A mask ``[..., h, n, m]`` as ``[..., g, r, n, m]``."""
     shape = *q.shape[:-3], q.shape[-2], q.shape[-3], k.shape[-3]
     mask = jnp.broadcast_to(mask, shape).astype(bool)
-    return mask.reshape(*q.shape[:-3], k.shape[-2], -1, q.shape[-3], k.shape[-3])
+    groups = k.shape[-2]
+    return mask.reshape(*q.shape[:-3], groups, q.shape[-2] // groups, *shape[-2:])
 
 
 # Decoding, a block of softmax at a time.
@@ -799,12 +829,13 @@ def extend_diagonal(
 
     def placed(old: jax.Array, x: jax.Array) -> jax.Array:
         pad = [(0, room - old.shape[-3] if i == x.ndim - 3 else 0) for i in range(x.ndim)]
-        return lax.dynamic_update_slice_in_dim(jnp.pad(old, pad), _wide(x), begin, -3)
+        x = wide(x)
+        return lax.dynamic_update_slice_in_dim(jnp.pad(old, pad).astype(x.dtype), x, begin, -3)
 
-    k, v = placed(_wide(block.k), k), placed(_wide(block.v), v)
+    k, v = placed(block.k, k), placed(block.v, v)
     if new == 1:
         seen = jnp.arange(size) <= begin
-        x = _queries(q, 1.0 / np.sqrt(q.shape[-1]), k.shape[-2])
+        x = _scaled(q, k.shape[-2])
         seen = jnp.broadcast_to(seen, (*x.shape[:-4], 1, 1, 1, size))
         out = _flat_heads(_softmax(x, k, v, seen))
     else:
@@ -836,13 +867,14 @@ def last_block_attention(
     Returns:
       ``[..., 1, h, e]``, in float32 at least.
     """
-    real, at = _tokens(k, key_mask, None).real, jnp.arange(k.shape[-3])
-    at = jnp.broadcast_to(at, real.shape)
+    k, v = _zeroed(k, key_mask), _zeroed(v, key_mask)
+    real = _tokens(k, key_mask, None).real
+    at = jnp.broadcast_to(jnp.arange(k.shape[-3]), real.shape)
     last = jnp.max(jnp.where(real, at, 0), -1, keepdims=True)
     size = block_size or q.shape[-1]
     seen = (real & (at // size == last // size))[..., None, None, None, :]
-    x = _queries(q, 1.0 / np.sqrt(q.shape[-1]), k.shape[-2])
-    return _flat_heads(_softmax(x, _wide(k), _wide(v), seen))
+    x = _scaled(q, k.shape[-2])
+    return _flat_heads(_softmax(x, wide(k), wide(v), seen))
 
 
 # Checks.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lnq.attention import lln
-from lnq.attention.linen import Near, check_momentum, moved
+from lnq.attention.linen import Near, check_options, check_tokens, moved
 from lnq.attention.lln import PUBLISHED, Block, State, Stats
 
 __all__ = ["LLNAttention"]
@@ -69,21 +69,24 @@ class LLNAttention(nnx.MultiHeadAttention):
     ):
         for name in {"dropout_rate", "attention_fn"} & set(options):
             raise ValueError(f"{name}: linear attention has no weights to treat; leave it out")
+        check_options(near, stats, momentum, causal, decode)
         super().__init__(num_heads, in_features, decode=decode, rngs=rngs, **options)
-        check_momentum(momentum, stats, decode and not causal, decode)
         self.near: Near = near
         self.stats: Stats = stats
         self.block_size, self.causal, self.momentum = block_size, causal, momentum
         self.constants, self.chunk_size = constants, chunk_size
-        half = jnp.full((num_heads, self.head_dim), 0.5, self.param_dtype)
-        learned: Any = {"scale": 2, "ratio": 1}
-        count = learned.get(near, 0)
-        self.far_weight: Any = nnx.data(nnx.Param(half) if count else None)
-        self.near_weight: Any = nnx.data(nnx.Param(half) if count > 1 else None)
-        one = jnp.ones((1, self.num_kv_heads if stats == "head" else 1, 1))
-        kept = momentum is not None
-        self.query_std: Any = nnx.data(nnx.BatchStat(one) if kept else None)
-        self.key_std: Any = nnx.data(nnx.BatchStat(one) if kept else None)
+        learned, groups = (num_heads, self.head_dim), self.num_kv_heads if stats == "head" else 1
+
+        def half() -> nnx.Param[jax.Array]:
+            return nnx.Param(jnp.full(learned, 0.5, self.param_dtype))
+
+        def one() -> nnx.BatchStat[jax.Array]:
+            return nnx.BatchStat(jnp.ones((1, groups, 1)))
+
+        self.far_weight: Any = nnx.data(half() if near in ("scale", "ratio") else None)
+        self.near_weight: Any = nnx.data(half() if near == "scale" else None)
+        self.query_std: Any = nnx.data(None if momentum is None else one())
+        self.key_std: Any = nnx.data(None if momentum is None else one())
         self.cached_far: dict[str, Any] | None = nnx.data(None)
         self.cached_near: dict[str, Any] | None = nnx.data(None)
 
@@ -111,7 +114,7 @@ class LLNAttention(nnx.MultiHeadAttention):
         alpha, beta = self._slopes(q, k, key_mask, train)
         options: Any = {"alpha": alpha, "beta": beta, "chunk_size": self.chunk_size}
         if self.decode if decode is None else decode:
-            check_momentum(self.momentum, self.stats, not self.causal, True)
+            check_options(self.near, self.stats, self.momentum, self.causal, True)
             if key_mask is not None or segment_ids is not None:
                 raise ValueError("key_mask, segment_ids: a cache holds real tokens of one segment")
             return self.out(self._append(q, k, v, options).astype(v.dtype))
@@ -153,6 +156,7 @@ class LLNAttention(nnx.MultiHeadAttention):
     def _append(self, q: jax.Array, k: jax.Array, v: jax.Array, options: Any) -> jax.Array:
         if self.cached_far is None or self.cached_near is None:
             raise ValueError("decode: there is no cache; call init_cache first")
+        check_tokens(q, k, v, self.cached_far["peak"])
         x, state = lln.extend(State(**_values(self.cached_far)), q, k, v, **options)
         _keep(self.cached_far, state)
         if self.near == "none":
