@@ -42,7 +42,7 @@ METHODS: dict[str, Callable[..., jax.Array]] = {
 
 def measured(function: Callable[..., Any], *args: Any) -> Row:
     """Seconds, bytes and operations of a compiled function; only what is compiled, if too large."""
-    compiled = jax.jit(function).lower(*args).compile()
+    compiled: Any = jax.jit(function).lower(*args).compile()
     memory = compiled.memory_analysis().temp_size_in_bytes
     row: Row = {"bytes": memory, "operations": compiled.cost_analysis().get("flops")}
     if memory > MOST:
