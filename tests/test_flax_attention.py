@@ -173,11 +173,15 @@ def test_padding_is_left_out_as_a_mask_of_keys_and_as_one_of_pairs(world, option
         close(np.asarray(attend(world, fn, x, mask=mask))[valid], wanted)
 
 
+@pytest.mark.parametrize("pairs", [False, True])
 @both
-def test_what_is_in_padding_changes_nothing(world):
-    mask = VALID[:, None, None, :]
-    before = attend(world, attention_fn, X, mask=mask)
-    after = attend(world, attention_fn, np.where(VALID[..., None], X, -7.0), mask=mask)
+def test_what_is_in_padding_changes_nothing(world, pairs):
+    keys = VALID[:, None, None, :]
+    mask = nn.make_attention_mask(VALID, VALID) if pairs else keys
+    fn = partial(attention_fn, **FIXED) if pairs else attention_fn
+    before = attend(world, fn, X, mask=mask)
+    after = attend(world, fn, np.where(VALID[..., None], X, np.float32(1e4)), mask=mask)
+    assert np.any(before)
     close(np.asarray(after)[VALID], np.asarray(before)[VALID], 1e-5)
 
 

@@ -569,6 +569,13 @@ def test_what_masked_keys_hold_is_nothing(form, content):
         assert not np.any(a[~keep])
 
 
+@pytest.mark.parametrize("form", MASKED)
+def test_without_a_key_outputs_are_0_and_so_are_gradients_statistics_included(form):
+    out, gradients = MASKED[form](inputs(N, 2), numbers((2, N, 4, 5), 9), key_mask=keep & False)
+    assert not np.any(out)
+    assert not any(map(np.any, gradients))
+
+
 # Blocks.
 
 

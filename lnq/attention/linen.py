@@ -101,7 +101,8 @@ class LLNAttention(nn.Module):
           inputs_v: ``[..., m, f']``; by default ``inputs_k``.
           key_mask: Which keys count, ``[..., m]``.
           segment_ids: As in :func:`~lnq.attention.lln.lln_attention`.
-          train: Whether kept deviations move.
+          train: Whether kept deviations move; a Python bool, to be fixed by an outer module under
+            ``nn.remat``.
 
         Returns:
           ``[..., n, out_features]``.
@@ -113,7 +114,7 @@ class LLNAttention(nn.Module):
         inputs_k = inputs_q if inputs_k is None else inputs_k
         inputs_v = inputs_k if inputs_v is None else inputs_v
         q, k, v = self._project(inputs_q, inputs_k, inputs_v)
-        alpha, beta = self._slopes(q, k, key_mask, train)
+        alpha, beta = self._slopes(q, k, key_mask, inputs_k is inputs_q, train)
         options: Any = {"alpha": alpha, "beta": beta, "chunk_size": self.chunk_size}
         if self.decode:
             _refuse_in_cache(key_mask, segment_ids)
@@ -160,10 +161,10 @@ class LLNAttention(nn.Module):
         return [q, k, v]
 
     def _slopes(
-        self, q: jax.Array, k: jax.Array, key_mask: jax.Array | None, train: bool
+        self, q: jax.Array, k: jax.Array, key_mask: jax.Array | None, own: bool, train: bool
     ) -> tuple[jax.Array, jax.Array]:
         given: Any = {"stats": self.stats, "key_mask": key_mask}
-        if q.shape[-3] == k.shape[-3]:
+        if own:
             given["query_mask"] = key_mask
         if self.momentum is None:
             return lln.scales(q, k, constants=self.constants, **given)
@@ -183,7 +184,7 @@ class LLNAttention(nn.Module):
     def _append(self, q: jax.Array, k: jax.Array, v: jax.Array, options: Any) -> jax.Array:
         batch, sizes = k.shape[:-3], (k.shape[-2], k.shape[-1], v.shape[-1])
         far = self.variable("cache", "far", lambda: lln.init_state(batch, *sizes)._asdict())
-        check_tokens(q, k, v, far.value["peak"])
+        check_batch(k, far.value["peak"])
         x, state = lln.extend(State(**far.value), q, k, v, **options)
         if not self.is_initializing():
             far.value = state._asdict()
@@ -229,9 +230,8 @@ def check_options(
         raise ValueError(f"stats: {stats!r} has none to keep; use 'head' or 'global'")
 
 
-def check_tokens(q: jax.Array, k: jax.Array, v: jax.Array, peak: jax.Array) -> None:
-    """Raise a ValueError unless tokens fit together and follow those of a cache."""
-    lln.check_axes(q, k, v, same_length=True)
+def check_batch(k: jax.Array, peak: jax.Array) -> None:
+    """Raise a ValueError unless keys have the leading axes of a cache."""
     if k.shape[:-3] != peak.shape[:-2]:
         raise ValueError(
             f"cache: is of a batch {peak.shape[:-2]}, not {k.shape[:-3]}; make another"

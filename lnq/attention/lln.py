@@ -190,7 +190,8 @@ def _deviation(x: jax.Array, mask: jax.Array | None, stats: Stats) -> jax.Array:
         "example": (x.ndim - 3, x.ndim - 1),
     }[stats]
     x, real = _zeroed(x, mask), _zeroed(jnp.ones_like(x), mask)
-    x = x - jnp.max(x, axes, keepdims=True, initial=FLOOR, where=real > 0.0)  # constants become 0
+    most = jnp.max(x, axes, keepdims=True, initial=FLOOR, where=real > 0.0)
+    x = _zeroed(x - most, mask)  # so that constants become 0
     count = real.sum(axes, keepdims=True)
     mean = (real * x).sum(axes, keepdims=True) / jnp.maximum(count, 1.0)
     square = (real * (x - mean) ** 2).sum(axes, keepdims=True)
@@ -245,8 +246,9 @@ def summarize(
       >>> state.sums[0, 0]  # the sum of three values of 1, and of three weights
       Array([3., 3.], dtype=float32)
     """
+    tokens = _tokens(k, key_mask, None)
     k, v = _zeroed(k, key_mask), _zeroed(v, key_mask)
-    return _state(wide(k) * beta, _with_ones(v), _tokens(k, key_mask, None).real)
+    return _state(wide(k) * beta, _with_ones(v), tokens.real)
 
 
 def _state(y: jax.Array, v: jax.Array, mask: jax.Array) -> State:
@@ -349,8 +351,8 @@ def extend(
       True
     """
     check_axes(q, k, v, same_length=True)
-    k, v = _zeroed(k, key_mask), _zeroed(v, key_mask)
     tokens = _tokens(k, key_mask, segment_ids)
+    k, v = _zeroed(k, key_mask), _zeroed(v, key_mask)
     part, state = _causal(state, q, k, v, alpha, beta, tokens, chunk_size)
     return _mean(part), state
 
@@ -545,6 +547,7 @@ def lln_attention(
       Section on LLN attention of the paper.
     """
     check_axes(q, k, v, same_length=causal or segment_ids is not None)
+    tokens = _tokens(k, key_mask, segment_ids)
     k, v = _zeroed(k, key_mask), _zeroed(v, key_mask)
     alpha, beta = given_or_measured(
         q,
@@ -556,7 +559,6 @@ def lln_attention(
         query_mask=query_mask,
         key_mask=key_mask,
     )
-    tokens = _tokens(k, key_mask, segment_ids)
     if causal or segment_ids is not None:
         part = _from_start(q, k, v, alpha, beta, tokens, chunk_size)
         if not causal:
@@ -625,12 +627,9 @@ def diagonal_attention(
       Section on LLN+Diag of the paper.
     """
     check_axes(q, k, v, same_length=True)
-    k, v = _zeroed(k, key_mask), _zeroed(v, key_mask)
-    block = q.shape[-1] if block_size is None else block_size
-    if block < 1:
-        raise ValueError(f"block_size: must be at least 1, not {block}")
     size, tokens = q.shape[-3], _tokens(k, key_mask, segment_ids)
-    block = max(1, min(block, size))
+    k, v = _zeroed(k, key_mask), _zeroed(v, key_mask)
+    block = max(1, min(_block_size(block_size, q), size))
     x = _scaled(q, k.shape[-2])
     x, y, w = (_cut(a, i, block) for a, i in ((x, -4), (wide(k), -3), (wide(v), -3)))
     real, ids = (_cut(a, -1, block) for a in tokens)
@@ -639,6 +638,13 @@ def diagonal_attention(
         seen &= jnp.broadcast_to(jnp.tri(block, dtype=bool), seen.shape)
     out = _softmax(x, y, w, seen[..., None, None, :, :])
     return _flat_heads(_whole(out, size)).astype(v.dtype)
+
+
+def _block_size(given: int | None, q: jax.Array) -> int:
+    block = q.shape[-1] if given is None else given
+    if block < 1:
+        raise ValueError(f"block_size: must be at least 1, not {block}")
+    return block
 
 
 def _softmax(x: jax.Array, y: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
@@ -729,13 +735,17 @@ def quadratic_attention(
     Returns:
       ``[..., n, h, e]``, in float32 at least; 0 for a query that sees no key.
     """
+    seen = None if mask is None else _by_heads(mask, q, k)
+    used = None if seen is None else _used(seen)
+    k, v = _of_used(k, used), _of_used(v, used)
     x, y = _queries(q, alpha, k.shape[-2]), wide(k) * beta
+    y = y if used is None else jnp.where(used, y, FLOOR)
     peak = lax.stop_gradient(y.max(-3, keepdims=True, initial=FLOOR))
     x = x + peak[..., None, :]
     x = x - lax.stop_gradient(x.max(-1, keepdims=True))
     weights = jnp.einsum("...ngrd,...mgd->...grnm", jnp.exp(x), jnp.exp(y - peak))
-    if mask is not None:
-        weights = jnp.where(_by_heads(mask, q, k), weights, 0.0)
+    if seen is not None:
+        weights = jnp.where(seen, weights, 0.0)
     sums = jnp.einsum("...grnm,...mge->...ngre", weights, _with_ones(v))
     return _mean(_Part(jnp.zeros(()), sums))
 
@@ -755,11 +765,11 @@ def quadratic_diagonal_attention(
     Returns:
       ``[..., n, h, e]``, in float32 at least; 0 for a query that sees no key.
     """
-    block = np.arange(q.shape[-3]) // (block_size or q.shape[-1])
-    near = jnp.asarray(block[:, None] == block)
+    block = np.arange(q.shape[-3]) // _block_size(block_size, q)
     seen = _by_heads(mask, q, k)
+    seen &= jnp.broadcast_to(jnp.asarray(block[:, None] == block), seen.shape)
+    k, v = _of_used(k, _used(seen)), _of_used(v, _used(seen))
     x = _scaled(q, k.shape[-2])
-    seen &= jnp.broadcast_to(near, seen.shape)
     return _flat_heads(_softmax(x, wide(k), wide(v), seen))
 
 
@@ -769,6 +779,15 @@ def _by_heads(mask: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:
     mask = jnp.broadcast_to(mask, shape).astype(bool)
     groups = k.shape[-2]
     return mask.reshape(*q.shape[:-3], groups, q.shape[-2] // groups, *shape[-2:])
+
+
+def _used(seen: jax.Array) -> jax.Array:
+    """Which keys anybody sees, ``[..., m, g, 1]``."""
+    return jnp.swapaxes(seen.any((-3, -2)), -1, -2)[..., None]
+
+
+def _of_used(x: jax.Array, used: jax.Array | None) -> jax.Array:
+    return x if used is None else jnp.where(used, x, jnp.zeros((), x.dtype))
 
 
 # Decoding, a block of softmax at a time.
@@ -796,7 +815,7 @@ def init_block(
     block_size: int | None = None,
 ) -> Block:
     """No tokens yet; ``block_size`` is by default ``head_dim``."""
-    shape = (*batch, block_size or head_dim, heads)
+    shape = (*batch, head_dim if block_size is None else block_size, heads)
     value_dim = head_dim if value_dim is None else value_dim
     k, v = jnp.zeros((*shape, head_dim)), jnp.zeros((*shape, value_dim))
     return Block(k, v, jnp.zeros((), jnp.int32))
@@ -867,11 +886,11 @@ def last_block_attention(
     Returns:
       ``[..., 1, h, e]``, in float32 at least.
     """
-    k, v = _zeroed(k, key_mask), _zeroed(v, key_mask)
     real = _tokens(k, key_mask, None).real
+    k, v = _zeroed(k, key_mask), _zeroed(v, key_mask)
     at = jnp.broadcast_to(jnp.arange(k.shape[-3]), real.shape)
     last = jnp.max(jnp.where(real, at, 0), -1, keepdims=True)
-    size = block_size or q.shape[-1]
+    size = _block_size(block_size, q)
     seen = (real & (at // size == last // size))[..., None, None, None, :]
     x = _scaled(q, k.shape[-2])
     return _flat_heads(_softmax(x, wide(k), wide(v), seen))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lnq.attention import lln
-from lnq.attention.linen import Near, check_options, check_tokens, moved
+from lnq.attention.linen import Near, check_batch, check_options, moved
 from lnq.attention.lln import PUBLISHED, Block, State, Stats
 
 __all__ = ["LLNAttention"]
@@ -88,7 +88,7 @@ class LLNAttention(nnx.MultiHeadAttention):
         self.query_std: Any = nnx.data(None if momentum is None else one())
         self.key_std: Any = nnx.data(None if momentum is None else one())
         self.cached_far: dict[str, Any] | None = nnx.data(None)
-        self.cached_near: dict[str, Any] | None = nnx.data(None)
+        self.cached_near: Any = nnx.data(None)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -111,7 +111,7 @@ class LLNAttention(nnx.MultiHeadAttention):
         q, k, v = self.query(inputs_q), self.key(inputs_k), self.value(inputs_v)
         if self.query_ln is not None and self.key_ln is not None:
             q, k = self.query_ln(q), self.key_ln(k)
-        alpha, beta = self._slopes(q, k, key_mask, train)
+        alpha, beta = self._slopes(q, k, key_mask, inputs_k is inputs_q, train)
         options: Any = {"alpha": alpha, "beta": beta, "chunk_size": self.chunk_size}
         if self.decode if decode is None else decode:
             check_options(self.near, self.stats, self.momentum, self.causal, True)
@@ -133,15 +133,16 @@ class LLNAttention(nnx.MultiHeadAttention):
           dtype: Not used: sums are float32.
         """
         sizes = tuple(input_shape[:-2]), self.num_kv_heads, self.head_dim
-        block = lln.init_block(*sizes, block_size=self.block_size)
         self.cached_far = nnx.data(_cached(lln.init_state(*sizes)))
-        self.cached_near = nnx.data(_cached(block))
+        if self.near != "none":
+            block = lln.init_block(*sizes, block_size=self.block_size)
+            self.cached_near = nnx.data(_cached(block))
 
     def _slopes(
-        self, q: jax.Array, k: jax.Array, key_mask: jax.Array | None, train: bool
+        self, q: jax.Array, k: jax.Array, key_mask: jax.Array | None, own: bool, train: bool
     ) -> tuple[jax.Array, jax.Array]:
         given: Any = {"stats": self.stats, "key_mask": key_mask}
-        if q.shape[-3] == k.shape[-3]:
+        if own:
             given["query_mask"] = key_mask
         if self.momentum is None:
             return lln.scales(q, k, constants=self.constants, **given)
@@ -154,9 +155,9 @@ class LLNAttention(nnx.MultiHeadAttention):
         return lln.moment_match(s_q, s_k, *self.constants)
 
     def _append(self, q: jax.Array, k: jax.Array, v: jax.Array, options: Any) -> jax.Array:
-        if self.cached_far is None or self.cached_near is None:
+        if self.cached_far is None:
             raise ValueError("decode: there is no cache; call init_cache first")
-        check_tokens(q, k, v, self.cached_far["peak"])
+        check_batch(k, self.cached_far["peak"])
         x, state = lln.extend(State(**_values(self.cached_far)), q, k, v, **options)
         _keep(self.cached_far, state)
         if self.near == "none":
