@@ -164,6 +164,31 @@ def adaquant_rows(results):
                 )
 
 
+ATTENTIONS = "softmax, jax.nn", "LLN", "LLN+Diag"
+
+
+def attention_rows(results):
+    rows = {(r["length"], r["pass"], r["name"]): r for r in part(results, "lengths")}
+    for length, way in dict.fromkeys(key[:2] for key in rows):
+        cells = []
+        for name in (*ATTENTIONS, *(f"{name}, causal" for name in ATTENTIONS)):
+            row = rows.get((length, way, name), {})
+            cells.append(
+                f"{1e3 * row['seconds']:,.0f} ({row['bytes'] / 1e6:,.0f})"
+                if "seconds" in row
+                else ""
+            )
+        yield f"| {length} | {way} | {' | '.join(cells)} |"
+
+
+def decode_rows(results):
+    for row in part(results, "decode"):
+        yield (
+            f"| {row['length']:,} | {row['name']} | {1e3 * row['seconds']:.3g} | "
+            f"{row['bytes'] / 1e6:.1f} | {row['operations'] / 1e6:.1f} |"
+        )
+
+
 def additivity_rows(results):
     for row in part(results, "additivity"):
         yield f"| {row['rank_correlation']:.3f} | {row['median_ratio']:.2f} |"
@@ -232,6 +257,8 @@ def landscape_rows(results):
         ("pipelines", "pipelines", additivity_rows),
         ("pipelines", "pipelines", curve_rows),
         ("tuning", "pipelines", repairs_rows),
+        ("attention", "attention", attention_rows),
+        ("attention", "attention", decode_rows),
     ],
 )
 def test_tables_show_the_committed_results(page, name, rows):
