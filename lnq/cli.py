@@ -117,7 +117,7 @@ def demo(
         "demo.lnq"
     ),
     every: Annotated[
-        bool, typer.Option("--all", help="the pipelines in full: about five minutes")
+        bool, typer.Option("--all", help="the pipelines in full: about four minutes")
     ] = False,
 ) -> None:
     """Compress a small trained network that ships with lnq, and measure what it costs."""

@@ -338,7 +338,7 @@ def light(
       calib: Unlabelled examples, a few hundred.
       budget: Size of the result as a fraction of the float32 model's.
       coded: Whether the size is that of the ``.lnq`` file; otherwise of codes of fixed length.
-      scored: Of an earlier call of the same pipeline, for another budget: nothing is fitted anew.
+      scored: From :func:`score`, or of an earlier call for another budget: nothing is fitted anew.
       progress: Called as work proceeds.
       **options: Those of :func:`score`.
 

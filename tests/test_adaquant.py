@@ -764,6 +764,21 @@ def test_rows_come_from_every_batch_and_every_turn_of_a_loop():
     assert (np.abs(counts / np.repeat([24, 12], 5) - 1.0) < 0.7).all()
 
 
+def test_rows_are_one_of_each_equal_stretch_in_random_order():
+    """The data says where it is from: 1000 places, 90 rows."""
+    x = jnp.arange(1000.0)[:, None] * jnp.ones((1, 3))
+    made = adaquant.problem(lambda p, x: x @ p["w"], {"w": normal(64, 3, 4)}, x, rows=90)
+    places = np.asarray(made.sample(("w",), made.floats)["w"])[0, 0, :, 0]
+    per_batch = [places[i : i + 11] for i in range(0, 88, 11)]
+    assert len(set(places.tolist())) == len(places)
+    for i, found in enumerate(per_batch):
+        size = min(128, 1000 - 128 * i)
+        edges = 128 * i + np.arange(12) * size // 11
+        assert (np.sort(found) >= edges[:-1]).all()
+        assert (np.sort(found) < edges[1:]).all()
+    assert not (np.diff(places) > 0).all()
+
+
 def test_passes_change_nothing():
     made, widths = toy_problem(), toy_widths()
     whole, names = sequence()[0], tuple(TOY)

@@ -30,7 +30,7 @@ def stack(leaves):
     return jax.tree.map(lambda *x: np.stack(x), *leaves)
 
 
-# --- kernels --------------------------------------------------------------------------------
+# Kernels.
 
 FEATURES = {
     "elu": lambda x: np.where(x > 0, x + 1, np.exp(x)),
@@ -107,7 +107,7 @@ def test_directions_are_normal_and_orthogonal_within_blocks():
     assert scipy.stats.kstest(np.ravel(found), "norm").pvalue > 0.01
 
 
-# --- measures -------------------------------------------------------------------------------
+# Measures.
 
 
 def test_masked_keys_are_as_if_removed():
@@ -207,7 +207,7 @@ def test_half_precision_is_measured_in_single():
     np.testing.assert_array_equal(found, single)
 
 
-# --- Gaussian queries and keys --------------------------------------------------------------
+# Gaussian queries and keys.
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_steeper_exponentials_concentrate():
     np.testing.assert_allclose(entropies, expected[1], rtol=0.05)
 
 
-# --- drawings -------------------------------------------------------------------------------
+# Drawings.
 
 
 def test_a_sweep_is_drawn_as_a_curve_for_each_kernel():
@@ -408,7 +408,7 @@ def test_the_normal_is_drawn_over_the_histogram():
     np.testing.assert_allclose(abs(np.trapezoid(y, x)), 1)
 
 
-# --- models ---------------------------------------------------------------------------------
+# Models.
 
 LENGTH, HEADS, WIDTH = 5, 2, 6
 
@@ -507,7 +507,7 @@ def test_a_recorder_refuses_tracers(model, own):
     assert not recorder.calls
 
 
-# --- errors ---------------------------------------------------------------------------------
+# Errors.
 
 BAD = {
     "a vector": (lambda: log_attention(jnp.ones(3), jnp.ones(3)), r"q, k: expected q \[..., n, d"),

@@ -55,7 +55,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "sequential": adaquant.quantize,
     "constrained": partial(adaquant.quantize, weights="constrained"),
 }
-FEW_TURNS = "nearest", "ACIQ", "second order alone", "parallel", "sequential", "constrained"
+SIX = "nearest", "ACIQ", "second order alone", "parallel", "sequential", "constrained"
 TURNS = "parallel", "sequential", "constrained"
 LONG = {"steps": 1000, "batch": 512}
 
@@ -149,7 +149,7 @@ def resnet(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def draws(args: argparse.Namespace) -> Iterator[Row]:
-    yield from compare(network(args, 256), ((2, 8), (3, 8), (4, 8)), FEW_TURNS)
+    yield from compare(network(args, 256), ((2, 8), (3, 8), (4, 8)), SIX)
 
 
 def sizes(args: argparse.Namespace) -> Iterator[Row]:
@@ -166,7 +166,7 @@ def efficientnet(args: argparse.Namespace) -> Iterator[Row]:
     calib, evaluation = net.crops(96, 64, 128)
     params, _ = tuning.fold(apply_fn, variables, calib[:1])
     task = Task(apply_fn, params, calib, [np.arange(64)], evaluation, None, 32)
-    yield from compare(task, ((4, 8), (3, 8), (4, 4), (2, 8)), FEW_TURNS, steps=200)
+    yield from compare(task, ((4, 8), (3, 8), (4, 4), (2, 8)), SIX, steps=200)
 
 
 def minilm(args: argparse.Namespace) -> Iterator[Row]:

@@ -148,7 +148,7 @@ class Call(NamedTuple):
     mask: jax.Array | None
 
 
-# --- kernels --------------------------------------------------------------------------------
+# Kernels.
 
 
 def softmax(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -282,7 +282,7 @@ def _log_sum_by_feature(x: jax.Array, y: jax.Array) -> jax.Array:
     return lax.scan(add, start, (jnp.moveaxis(x, -1, 0), jnp.moveaxis(y, -1, 0)))[0]
 
 
-# --- the matrix and its measures ------------------------------------------------------------
+# The matrix and its measures.
 
 
 def log_attention(
@@ -459,7 +459,7 @@ def measure(log_p: ArrayLike) -> Concentration:
     return Concentration(entropy(log_p), gap, variance(log_p), log_normal(log_p))
 
 
-# --- closed forms ---------------------------------------------------------------------------
+# Closed forms.
 
 
 def temperature(q: ArrayLike, k: ArrayLike) -> jax.Array:
@@ -569,7 +569,7 @@ def fenton_wilkinson(sigma2: ArrayLike, d: int) -> jax.Array:
     return jnp.log1p(jnp.expm1(jnp.asarray(sigma2, float)) / d)
 
 
-# --- experiments ----------------------------------------------------------------------------
+# Experiments.
 
 
 @partial(jax.jit, static_argnames=("head_dim", "n", "points", "repeats"))
@@ -692,7 +692,7 @@ def draw_log_normal(ax: "Axes", log_p: ArrayLike, label: str | None = None) -> "
     return ax
 
 
-# --- models ---------------------------------------------------------------------------------
+# Models.
 
 
 class Recorder:

@@ -15,11 +15,12 @@ What linear time cannot do is done exactly in quadratic time, or is an error; no
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from operator import and_
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
 from lnq.attention import lln
@@ -221,7 +222,7 @@ def _seen(
     if segment_ids is not None:
         same = segment_ids[..., :, None] == segment_ids[..., None, :]
         parts.append(same[..., None, :, :])
-    return jnp.stack([jnp.broadcast_to(part, full) for part in parts]).all(0)
+    return reduce(and_, (jnp.broadcast_to(part, full) for part in parts))
 
 
 def _unit(value: jax.Array) -> jax.Array:
@@ -232,8 +233,7 @@ def _unit(value: jax.Array) -> jax.Array:
 
 
 def _sow(module: Any, weights: jax.Array) -> None:
-    kind = nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates"
-    module.sow(kind, "attention_weights", jnp.swapaxes(weights, -3, -2))
+    module.sow("intermediates", "attention_weights", jnp.swapaxes(weights, -3, -2))
 
 
 def _precision(precision: Any) -> AbstractContextManager[Any]:

@@ -120,15 +120,16 @@ class LLNAttention(nn.Module):
             _refuse_in_cache(key_mask, segment_ids)
             x = self._append(q, k, v, options)
         else:
-            order: Any = {
+            options |= {
                 "causal": self.causal,
                 "key_mask": key_mask,
                 "segment_ids": segment_ids,
             }
-            x = lln.lln_attention(q, k, v, **order, **options)
+            attend = lln.lln_attention
             if self.near != "none":
-                near = lln.diagonal_attention(q, k, v, block_size=self.block_size, **order)
-                x = lln.combine(x, near, self._weights(v))
+                blocks: Any = {"weights": self._weights(v), "block_size": self.block_size}
+                attend = partial(lln.lln_diag_attention, **blocks)
+            x = attend(q, k, v, **options)
         features = self.out_features or inputs_q.shape[-1]
         return self._dense(features=features, axis=(-2, -1), name="out")(x.astype(v.dtype))
 

@@ -735,17 +735,15 @@ def quadratic_attention(
     Returns:
       ``[..., n, h, e]``, in float32 at least; 0 for a query that sees no key.
     """
-    seen = None if mask is None else _by_heads(mask, q, k)
-    used = None if seen is None else _used(seen)
+    seen = _by_heads(jnp.ones((), bool) if mask is None else mask, q, k)
+    used = _used(seen)
     k, v = _of_used(k, used), _of_used(v, used)
-    x, y = _queries(q, alpha, k.shape[-2]), wide(k) * beta
-    y = y if used is None else jnp.where(used, y, FLOOR)
+    x, y = _queries(q, alpha, k.shape[-2]), jnp.where(used, wide(k) * beta, FLOOR)
     peak = lax.stop_gradient(y.max(-3, keepdims=True, initial=FLOOR))
     x = x + peak[..., None, :]
     x = x - lax.stop_gradient(x.max(-1, keepdims=True))
     weights = jnp.einsum("...ngrd,...mgd->...grnm", jnp.exp(x), jnp.exp(y - peak))
-    if seen is not None:
-        weights = jnp.where(seen, weights, 0.0)
+    weights = jnp.where(seen, weights, 0.0)
     sums = jnp.einsum("...grnm,...mge->...ngre", weights, _with_ones(v))
     return _mean(_Part(jnp.zeros(()), sums))
 
@@ -786,8 +784,8 @@ def _used(seen: jax.Array) -> jax.Array:
     return jnp.swapaxes(seen.any((-3, -2)), -1, -2)[..., None]
 
 
-def _of_used(x: jax.Array, used: jax.Array | None) -> jax.Array:
-    return x if used is None else jnp.where(used, x, jnp.zeros((), x.dtype))
+def _of_used(x: jax.Array, used: jax.Array) -> jax.Array:
+    return jnp.where(used, x, jnp.zeros((), x.dtype))
 
 
 # Decoding, a block of softmax at a time.

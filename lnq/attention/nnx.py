@@ -5,6 +5,7 @@ so the state of one is the state of the other.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -118,12 +119,12 @@ class LLNAttention(nnx.MultiHeadAttention):
             if key_mask is not None or segment_ids is not None:
                 raise ValueError("key_mask, segment_ids: a cache holds real tokens of one segment")
             return self.out(self._append(q, k, v, options).astype(v.dtype))
-        order: Any = {"causal": self.causal, "key_mask": key_mask, "segment_ids": segment_ids}
-        x = lln.lln_attention(q, k, v, **order, **options)
+        options |= {"causal": self.causal, "key_mask": key_mask, "segment_ids": segment_ids}
+        attend = lln.lln_attention
         if self.near != "none":
-            near = lln.diagonal_attention(q, k, v, block_size=self.block_size, **order)
-            x = lln.combine(x, near, self._weights())
-        return self.out(x.astype(v.dtype))
+            blocks: Any = {"weights": self._weights(), "block_size": self.block_size}
+            attend = partial(lln.lln_diag_attention, **blocks)
+        return self.out(attend(q, k, v, **options))
 
     def init_cache(self, input_shape: Sequence[int], dtype: Any = jnp.float32) -> None:
         """An empty cache.
