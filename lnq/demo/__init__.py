@@ -78,13 +78,13 @@ def run(target: Path, progress: Progress | None = None, *, full: bool = False) -
             f"{lnq.riq.example_deviation(reference, outputs).mean():.4f}",
             _accuracy(outputs, demo.labels),
         )
-    shared = "" if full else ", from one pass of second-order rounding"
+    few = "512 images" if full else "128 images"
     table.caption = (
         "bytes: the whole file; vs zstd: the same codes, best of levels 1, 3, 19;\n"
-        "W4A4: weights and activations in 4 bits, first and last layer in 8; max: no clip;\n"
-        "LAPQ: one scale per tensor (max and ACIQ: per channel), searched on the divergence;\n"
-        f"light, advanced: at most 10 % of the size{shared};\n"
-        "deviation: 1 - cosine of the logits on 1000 test images, bound set on 512 others"
+        "W4A4: weights and data in 4 bits, first and last layer in 8; max: no clip;\n"
+        f"LAPQ: one scale per tensor, chosen on {few} (others: per channel);\n"
+        f"light, advanced: at most 10 % of the size, layers scored on {few};\n"
+        "deviation: 1 - cosine of logits on 1000 test images, bound set on others"
     )
     return table
 
