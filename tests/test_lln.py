@@ -511,6 +511,7 @@ def test_the_first_causal_output_is_the_first_value_and_the_last_that_of_all():
 
 CAUSAL = {
     "lln": partial(given, "chunks-of-5"),
+    "one-chunk": partial(given, "chunks-of-37"),
     "diag": with_gradients(partial(lln.diagonal_attention, block_size=5, causal=True)),
 }
 
@@ -712,6 +713,54 @@ def test_one_far_key_late_in_a_chunk_hides_nothing_before_it(causal):
         assert np.abs(expected[0][:, 27] - far).max() > 0.1
 
 
+def outliers(name, q, k):
+    """Keys that outdo others of their chunk by e^100 and more, where these matter to somebody."""
+    if name == "each-more":  # for each query another key
+        k += 20.0 * np.arange(N, dtype=np.float32)[:, None, None]
+    elif name == "each-less":
+        k -= 20.0 * np.arange(N, dtype=np.float32)[:, None, None]
+    elif name == "by-feature":  # for each feature another token
+        k += 60.0 * numbers((N, 1, 6), 11)
+        q += 30.0 * numbers((N, 1, 6), 12)
+    elif name == "before-borders":  # of segments, which begin behind these
+        k[:, [0, 2, 9, 15, 16]] += 100.0
+    elif name == "behind-borders":
+        k[:, [1, 3, 10, 16, 17]] += 100.0
+    elif name == "masked":
+        k[~keep] += 500.0
+    return q, k
+
+
+@pytest.mark.parametrize("form", ["chunks-of-5", "chunks-of-37", "both-ends"])
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [
+        ("each-more", "all"),
+        ("each-less", "padded"),
+        ("by-feature", "all"),
+        ("by-feature", "packed-padded"),
+        ("before-borders", "packed"),
+        ("behind-borders", "packed"),
+        ("masked", "packed-padded"),
+    ],
+)
+def test_outliers_anywhere_in_a_chunk_leave_every_row_exact(form, name, mask):
+    q, k, v = inputs(N, 2, spread=2.0)
+    q, k = outliers(name, q, k)
+    c = numbers((2, N, 4, 5), 9)
+    found = given(form, (q, k, v), c, mask=mask)
+    seen = whom(N, FORMS[form][1], *MASKS[mask])
+    close(found, pairs(q, k, v, 1.7, 2.1, seen, c), atol=5e-4, rtol=5e-4)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 16, 33, 64])
+def test_chunks_of_any_size_give_the_same(chunk_size):
+    q, k, v = inputs(150, spread=6.0)
+    factors = {"alpha": 0.9, "beta": 1.1}
+    found = attend(q, k, v, causal=True, chunk_size=chunk_size, **factors)
+    close(found, pairs(q, k, v, **factors, seen=whom(150, True)), atol=2e-4)
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 @pytest.mark.parametrize("flat", ["q", "k", "qk"])
 def test_what_does_not_vary_is_no_difficulty(flat, causal):
@@ -801,9 +850,10 @@ def compiled_cost(form, n):
     """Bytes and operations; a loop counts as one turn."""
     x = jax.ShapeDtypeStruct((n, 1, 64), jnp.float32)
     program = jax.jit(form).lower(x, x, x).compile()
-    memory = program.memory_analysis()
+    memory, operations = program.memory_analysis(), program.cost_analysis()
     size = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return SimpleNamespace(size=size, flops=program.cost_analysis()["flops"])
+    counts = {"flops": operations["flops"], "exponentials": operations["transcendentals"]}
+    return SimpleNamespace(size=size, **counts)
 
 
 @pytest.mark.parametrize("form", ["lln", "causal"])
@@ -813,6 +863,15 @@ def test_twice_the_tokens_cost_twice_as_much_also_with_gradients(form):
     assert twice.size < 2.3 * once.size
     assert twice.flops < 2.3 * once.flops
     assert twice.size < 40 * 4 * 8192 * 64  # and nowhere near one number a pair
+
+
+def test_a_chunk_takes_exponentials_by_its_logarithm_not_by_its_length():
+    def exponentials(chunk_size):  # of a token and a feature
+        form = partial(lln.lln_attention, causal=True, chunk_size=chunk_size, alpha=2.0, beta=2.0)
+        return compiled_cost(form, 1024).exponentials / (chunk_size * 64)  # a loop is one turn
+
+    assert exponentials(64) < 2 * np.log2(64)
+    assert exponentials(256) < exponentials(64) + 4
 
 
 def test_all_pairs_cost_four_times_as_much():

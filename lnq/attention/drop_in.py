@@ -58,7 +58,7 @@ def attention_fn(
     constants: tuple[float, float] = PUBLISHED,
     weights: tuple[ArrayLike, ArrayLike] = (0.5, 0.5),
     block_size: int | None = None,
-    chunk_size: int = 16,
+    chunk_size: int = 32,
     quadratic: bool = True,
 ) -> jax.Array:
     """LLN+Diag attention (or LLN attention alone) with the arguments of Flax's own.

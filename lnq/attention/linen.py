@@ -73,7 +73,7 @@ class LLNAttention(nn.Module):
     momentum: float | None = None
     stats: Stats = "global"
     constants: tuple[float, float] = PUBLISHED
-    chunk_size: int = 16
+    chunk_size: int = 32
     normalize_qk: bool = False
     use_bias: bool = True
     dtype: Any = None

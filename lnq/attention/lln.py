@@ -84,6 +84,9 @@ FITTED = {
 FLOOR = -1e30
 """The exponent of a key that is not there; finite, so that differences are."""
 
+NOWHERE = FLOOR / 2
+"""The least maximum where some of them may not be there: their exponentials are 0 beside it."""
+
 
 # How steep the exponentials are.
 
@@ -246,17 +249,21 @@ def summarize(
       >>> state.sums[0, 0]  # the sum of three values of 1, and of three weights
       Array([3., 3.], dtype=float32)
     """
-    tokens = _tokens(k, key_mask, None)
+    real = _tokens(k, key_mask, None).real
     k, v = _zeroed(k, key_mask), _zeroed(v, key_mask)
-    return _state(wide(k) * beta, _with_ones(v), tokens.real)
+    y, v = (jnp.swapaxes(a, -3, -2) for a in (wide(k) * beta, _with_ones(v)))
+    return _state(y + _gone(real[..., None, :, None]), v)
 
 
-def _state(y: jax.Array, v: jax.Array, mask: jax.Array) -> State:
-    """Of exponents ``[..., m, g, d]`` and values with ones ``[..., m, g, e + 1]``."""
-    y = jnp.where(mask[..., None, None], y, FLOOR)
-    peak = lax.stop_gradient(jnp.max(y, -3, initial=FLOOR))
-    weights = jnp.where(y > FLOOR, jnp.exp(y - peak[..., None, :, :]), 0.0)
-    return State(peak, jnp.einsum("...mgd,...mge->...gde", weights, v))
+def _state(y: jax.Array, v: jax.Array) -> State:
+    """Of exponents ``[..., g, m, d]`` and values with ones ``[..., g, m, e + 1]``."""
+    peak = lax.stop_gradient(jnp.max(y, -2, initial=NOWHERE))
+    return State(peak, jnp.einsum("...md,...me->...de", jnp.exp(y - peak[..., None, :]), v))
+
+
+def _gone(seen: jax.Array) -> jax.Array:
+    """What to add to exponents that only some may see; vectorizes where a choice would not."""
+    return jnp.where(seen, 0.0, FLOOR)
 
 
 def merge(a: State, b: State) -> State:
@@ -274,10 +281,10 @@ class _Part(NamedTuple):
 
 
 def _read(state: State, x: jax.Array) -> _Part:
-    """What queries with exponents ``[..., n, g, r, d]`` find."""
-    x = x + state.peak[..., None, :, None, :]
+    """What queries with exponents ``[..., g, r, n, d]`` find."""
+    x = x + state.peak[..., None, None, :]
     top = lax.stop_gradient(jnp.max(x, -1, keepdims=True))
-    return _Part(top, jnp.einsum("...ngrd,...gde->...ngre", jnp.exp(x - top), state.sums))
+    return _Part(top, jnp.einsum("...grnd,...gde->...grne", jnp.exp(x - top), state.sums))
 
 
 def _join(a: _Part, b: _Part) -> _Part:
@@ -286,10 +293,9 @@ def _join(a: _Part, b: _Part) -> _Part:
 
 
 def _mean(part: _Part) -> jax.Array:
-    """Mean value ``[..., n, h, e]``; without any key 0."""
-    sums = _flat_heads(part.sums)
-    total = sums[..., -1:]
-    return sums[..., :-1] / jnp.where(total > 0.0, total, 1.0)
+    """Mean value ``[..., g, r, n, e]``; without any key 0."""
+    total = part.sums[..., -1:]
+    return part.sums[..., :-1] / jnp.where(total > 0.0, total, 1.0)
 
 
 def read(state: State, q: jax.Array, *, alpha: ArrayLike) -> jax.Array:
@@ -303,7 +309,8 @@ def read(state: State, q: jax.Array, *, alpha: ArrayLike) -> jax.Array:
     Returns:
       ``[..., n, h, e]``, in float32 at least; 0 where there is no key.
     """
-    return _mean(_read(state, _queries(q, alpha, state.peak.shape[-2])))
+    x = _heads_first(_queries(q, alpha, state.peak.shape[-2]))
+    return _flat_heads(_length_first(_mean(_read(state, x))))
 
 
 def extend(
@@ -316,11 +323,11 @@ def extend(
     beta: ArrayLike,
     key_mask: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
-    chunk_size: int = 16,
+    chunk_size: int = 32,
 ) -> tuple[jax.Array, State]:
     """Causal attention to the keys of a state and to new ones, and the state of them all.
 
-    Within a chunk every pair is weighed by itself, in the log domain; earlier chunks are states.
+    Earlier chunks are states; within a chunk halves of halves meet, each with maxima of its own.
     The backward pass starts from the states between chunks and computes all else again.
 
     Args:
@@ -333,7 +340,8 @@ def extend(
       key_mask: Which keys count, ``[..., n]``.
       segment_ids: A query meets keys of its own segment only, ``[..., n]``, each segment in one
         piece; ``state`` belongs to the first.
-      chunk_size: Tokens in a chunk; a matter of speed and memory only.
+      chunk_size: Tokens in a chunk, at least; a power of 2 is taken. A matter of speed and memory
+        only.
 
     Returns:
       ``[..., n, h, e]``, in float32 at least, and the state (of the last segment).
@@ -353,8 +361,8 @@ def extend(
     check_axes(q, k, v, same_length=True)
     tokens = _tokens(k, key_mask, segment_ids)
     k, v = _zeroed(k, key_mask), _zeroed(v, key_mask)
-    part, state = _causal(state, q, k, v, alpha, beta, tokens, chunk_size)
-    return _mean(part), state
+    out, state = _causal(state, q, k, v, alpha, beta, tokens, chunk_size)
+    return _flat_heads(out), state
 
 
 def step(
@@ -377,19 +385,20 @@ def step(
 
 
 class _Tokens(NamedTuple):
-    """What keys are beside their numbers: whether they count, and their segment, ``[..., m]``."""
+    """What keys are beside numbers: whether they count, and any segment, ``[..., m]``."""
 
     real: jax.Array
-    segment: jax.Array
+    segment: jax.Array | None
 
 
 def _tokens(k: jax.Array, key_mask: jax.Array | None, segment_ids: jax.Array | None) -> _Tokens:
     real = jnp.ones((), bool) if key_mask is None else jnp.asarray(key_mask, bool)
-    ids = jnp.zeros((), jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
-    for name, a in {"key_mask": real, "segment_ids": ids}.items():
-        if a.ndim and a.shape != k.shape[:-2]:
+    ids = None if segment_ids is None else jnp.asarray(segment_ids)
+    tokens = _Tokens(real, ids)
+    for name, a in zip(("key_mask", "segment_ids"), tokens, strict=True):
+        if a is not None and a.ndim and a.shape != k.shape[:-2]:
             raise ValueError(f"{name}: must be [..., length] {k.shape[:-2]}, not {a.shape}")
-    return _Tokens(*(jnp.broadcast_to(a, k.shape[:-2]) for a in (real, ids)))
+    return jax.tree.map(partial(jnp.broadcast_to, shape=k.shape[:-2]), tokens)
 
 
 def _zeroed(x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -408,48 +417,89 @@ def _causal(
     beta: ArrayLike,
     tokens: _Tokens,
     chunk_size: int,
+    *,
+    mean: bool = True,
     strict: bool = False,
-) -> tuple[_Part, State]:
-    """Sums over the keys up to each query, or before it."""
-    size, chunk = k.shape[-3], min(chunk_size, k.shape[-3])
+) -> tuple[Any, State]:
+    """Mean values ``[..., n, g, r, e]``, or sums, of the keys up to each query, or before it."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size: must be at least 1, not {chunk_size}")
+    size = k.shape[-3]
     x, y, v = _queries(q, alpha, k.shape[-2]), wide(k) * beta, _with_ones(v)
     state = State(*(a.astype(y.dtype) for a in state))
+
+    def done(part: _Part) -> Any:
+        return jax.tree.map(_length_first, _mean(part) if mean else part)
+
     if not size:
-        return _read(state, x), state
+        return done(_read(state, _heads_first(x))), state
+    chunk = 2 ** (min(chunk_size, size) - 1).bit_length()
     x, y, v = (_cut(a, axis, chunk) for a, axis in ((x, -4), (y, -3), (v, -3)))
-    real, ids = _cut(tokens.real, -1, chunk), _cut(tokens.segment, -1, chunk, mode="edge")
-    order = jnp.tri(chunk, k=-1 if strict else 0, dtype=bool)
+    real, ids = _cut(tokens.real, -1, chunk), tokens.segment
+    begun = None if ids is None else ids[..., :1, None, None]
+    ids = None if ids is None else _cut(ids, -1, chunk, mode="edge")[..., None, :, None]
 
     @jax.checkpoint
-    def turn(carry: tuple[State, jax.Array], chunk: tuple[jax.Array, ...]) -> Any:
+    def turn(carry: tuple[State, Any], chunk: tuple[Any, ...]) -> Any:
         (state, begun), (x, y, v, real, ids) = carry, chunk
-        earlier, goes_on = _read(state, x), ids == begun[..., None]
-        earlier = _Part(*map(partial(_where, goes_on), earlier, (FLOOR, 0.0)))
-        same = ids[..., :, None] == ids[..., None, :]
-        seen = jnp.broadcast_to(order, same.shape) & real[..., None, :] & same
-        last = ids[..., -1]
-        kept = State(*map(partial(_where, begun == last), state, (FLOOR, 0.0)))
-        state = merge(kept, _state(y, v, real & (ids == last[..., None])))
-        return (state, last), _join(earlier, _pairs(x, y, v, seen))
+        x, y, v = _heads_first(x), jnp.swapaxes(y, -3, -2), jnp.swapaxes(v, -3, -2)
+        y = y + _gone(real[..., None, :, None])
+        near, far, kept = _within(x, y, v, ids, strict), _read(state, x), y
+        if ids is not None:
+            last = ids[..., -1:, :]
+            far = _Part(far.top + _gone(ids == begun)[..., None, :, :], far.sums)
+            state = State(state.peak + _gone(begun == last)[..., 0], state.sums)
+            begun, kept = last, y + _gone(ids == last)
+        return (merge(state, _state(kept, v)), begun), done(_join(far, near))
 
-    (state, _), part = lax.scan(turn, (state, tokens.segment[..., 0]), (x, y, v, real, ids))
-    return _Part(*(_whole(a, size) for a in part)), state
-
-
-def _where(chosen: jax.Array, a: jax.Array, other: float) -> jax.Array:
-    return jnp.where(chosen.reshape(chosen.shape + (1,) * (a.ndim - chosen.ndim)), a, other)
+    (state, _), part = lax.scan(turn, (state, begun), (x, y, v, real, ids))
+    return jax.tree.map(partial(_whole, size=size), part), state
 
 
-def _pairs(x: jax.Array, y: jax.Array, v: jax.Array, allowed: jax.Array) -> _Part:
-    """Each query with each key that it may see, ``[..., n, n]``, the largest exponent first."""
-    seen = allowed[..., None, None]  # [..., n, m, 1, 1]
-    highest = jnp.max(jnp.where(seen, y[..., None, :, :, :], FLOOR), -3)  # [..., n, g, d]
-    top = lax.stop_gradient(jnp.max(x + highest[..., None, :], -1, keepdims=True))
-    exponents = (x - top)[..., :, None, :, :, :] + y[..., None, :, :, None, :]
-    weights = jnp.exp(jnp.where(seen[..., None], exponents, FLOOR)).sum(-1)
-    return _Part(top, jnp.einsum("...nmgr,...mge->...ngre", weights, v))
+def _within(x: jax.Array, y: jax.Array, v: jax.Array, ids: jax.Array | None, strict: bool) -> _Part:
+    """Sums over the keys of a chunk of 2^i tokens up to each query, or before it.
+
+    A token meets itself, the second of two the first, the second two of four the first two: a
+    query sees all the keys that a maximum is of, or none, and later ones touch no bit of it.
+    """
+    own = x + (FLOOR if strict else y[..., None, :, :])
+    top, meetings = own.max(-1, keepdims=True), []
+    for half in (2**i for i in range(x.shape[-2].bit_length() - 1)):
+        first, second = _halves(y, half)[0], _halves(x, half)[1]
+        if ids is not None:
+            before, after = _halves(ids, half)
+            border = before[..., -1:, :]
+            first = first + _gone(before == border)
+            second = second + _gone(after == border)[..., None, :, :, :]
+        peak = lax.stop_gradient(first.max(-2, keepdims=True, initial=NOWHERE))
+        second = second + peak[..., None, :, :, :]
+        highest = second.max(-1, keepdims=True)
+        highest = jnp.stack([jnp.full_like(highest, FLOOR), highest], -3)
+        top = jnp.maximum(top, highest.reshape(top.shape))
+        meetings.append((half, second, first - peak))
+    top = lax.stop_gradient(jnp.maximum(top, NOWHERE))
+    weights = jnp.exp(own - top).sum(-1)[..., None, None]  # [..., g, r, n, 1, 1]
+    for half, second, first in meetings:
+        second = jnp.exp(second - _halves(top, half)[1])
+        new = jnp.einsum("...grbnd,...gbmd->...grbnm", second, jnp.exp(first))
+        a, b = weights[..., ::2, :, :], weights[..., 1::2, :, :]
+        weights = jnp.block([[a, jnp.zeros_like(new)], [new, b]])
+    return _Part(top, jnp.einsum("...grnm,...gme->...grne", weights[..., 0, :, :], v))
+
+
+def _halves(x: jax.Array, half: int) -> tuple[jax.Array, jax.Array]:
+    """Of ``[..., n, d]`` every first and every second block, ``[..., b, half, d]``."""
+    x = x.reshape(*x.shape[:-2], x.shape[-2] // (2 * half), 2, half, x.shape[-1])
+    return x[..., 0, :, :], x[..., 1, :, :]
+
+
+def _heads_first(x: jax.Array) -> jax.Array:
+    """``[..., n, g, r, d]`` as ``[..., g, r, n, d]``, in which products are fast."""
+    return jnp.moveaxis(x, -4, -2)
+
+
+def _length_first(x: jax.Array) -> jax.Array:
+    return jnp.moveaxis(x, -2, -4)
 
 
 def _queries(q: jax.Array, alpha: ArrayLike, groups: int) -> jax.Array:
@@ -508,7 +558,7 @@ def lln_attention(
     beta: ArrayLike | None = None,
     stats: Stats = "global",
     constants: tuple[float, float] = PUBLISHED,
-    chunk_size: int = 16,
+    chunk_size: int = 32,
 ) -> jax.Array:
     """Linear Log-Normal attention.
 
@@ -559,23 +609,21 @@ def lln_attention(
         query_mask=query_mask,
         key_mask=key_mask,
     )
-    if causal or segment_ids is not None:
-        part = _from_start(q, k, v, alpha, beta, tokens, chunk_size)
-        if not causal:
-            part = _join(part, _from_end(q, k, v, alpha, beta, tokens, chunk_size))
-        return _mean(part).astype(v.dtype)
-    state = _state(wide(k) * beta, _with_ones(v), tokens.real)
-    return read(state, q, alpha=alpha).astype(v.dtype)
+    if causal:
+        out = _flat_heads(_from_start(q, k, v, alpha, beta, tokens, chunk_size))
+    elif segment_ids is not None:
+        out = _flat_heads(_from_both_ends(q, k, v, alpha, beta, tokens, chunk_size))
+    else:
+        out = read(summarize(k, v, beta=beta, key_mask=key_mask), q, alpha=alpha)
+    return out.astype(v.dtype)
 
 
-def _from_start(
-    q: jax.Array, k: jax.Array, v: jax.Array, alpha: Any, beta: Any, *options: Any
-) -> _Part:
+def _from_start(q: jax.Array, k: jax.Array, v: jax.Array, *args: Any, **options: Any) -> Any:
     start = init_state(k.shape[:-3], k.shape[-2], k.shape[-1], v.shape[-1])
-    return _causal(start, q, k, v, alpha, beta, *options)[0]
+    return _causal(start, q, k, v, *args, **options)[0]
 
 
-def _from_end(
+def _from_both_ends(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -583,12 +631,13 @@ def _from_end(
     beta: Any,
     tokens: _Tokens,
     chunk_size: int,
-) -> _Part:
-    """Sums over the keys behind each query."""
+) -> jax.Array:
+    """The keys up to each query and the keys behind it."""
+    up_to = _from_start(q, k, v, alpha, beta, tokens, chunk_size, mean=False)
     q, k, v = (jnp.flip(a, -3) for a in (q, k, v))
-    tokens = _Tokens(*(jnp.flip(a, -1) for a in tokens))
-    part = _from_start(q, k, v, alpha, beta, tokens, chunk_size, True)
-    return _Part(*(jnp.flip(a, -4) for a in part))
+    tokens = jax.tree.map(partial(jnp.flip, axis=-1), tokens)
+    behind = _from_start(q, k, v, alpha, beta, tokens, chunk_size, mean=False, strict=True)
+    return _mean(_join(up_to, _Part(*(jnp.flip(a, -4) for a in behind))))
 
 
 def diagonal_attention(
@@ -632,8 +681,11 @@ def diagonal_attention(
     block = max(1, min(_block_size(block_size, q), size))
     x = _scaled(q, k.shape[-2])
     x, y, w = (_cut(a, i, block) for a, i in ((x, -4), (wide(k), -3), (wide(v), -3)))
-    real, ids = (_cut(a, -1, block) for a in tokens)
-    seen = real[..., None, :] & (ids[..., :, None] == ids[..., None, :])
+    real = _cut(tokens.real, -1, block)
+    seen = jnp.broadcast_to(real[..., None, :], (*real.shape, block))
+    if tokens.segment is not None:
+        ids = _cut(tokens.segment, -1, block)
+        seen &= ids[..., :, None] == ids[..., None, :]
     if causal:
         seen &= jnp.broadcast_to(jnp.tri(block, dtype=bool), seen.shape)
     out = _softmax(x, y, w, seen[..., None, None, :, :])
@@ -745,7 +797,7 @@ def quadratic_attention(
     weights = jnp.einsum("...ngrd,...mgd->...grnm", jnp.exp(x), jnp.exp(y - peak))
     weights = jnp.where(seen, weights, 0.0)
     sums = jnp.einsum("...grnm,...mge->...ngre", weights, _with_ones(v))
-    return _mean(_Part(jnp.zeros(()), sums))
+    return _flat_heads(_mean(_Part(jnp.zeros(()), sums)))
 
 
 def quadratic_diagonal_attention(

@@ -63,7 +63,7 @@ class LLNAttention(nnx.MultiHeadAttention):
         momentum: float | None = None,
         stats: Stats = "global",
         constants: tuple[float, float] = PUBLISHED,
-        chunk_size: int = 16,
+        chunk_size: int = 32,
         decode: bool = False,
         rngs: nnx.Rngs,
         **options: Any,

@@ -38,7 +38,7 @@ def lln_attention(
     beta: ArrayLike,
     causal: bool = False,
     key_mask: jax.Array | None = None,
-    chunk_size: int = 16,
+    chunk_size: int = 32,
 ) -> jax.Array:
     """:func:`lnq.attention.lln.lln_attention` of all pieces, for the queries of this one.
 
