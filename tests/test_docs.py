@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 
@@ -151,9 +152,17 @@ def lapq_channels_rows(results):
         )
 
 
+WIDTHS = "W4A4", "W4A8", "W3A8", "W2A8"
+
+
+def by_widths(rows):
+    """The float model first, then by width; methods stay in their order."""
+    return sorted(rows, key=lambda row: WIDTHS.index(row["widths"]) if "widths" in row else -1)
+
+
 def adaquant_rows(results):
     for model, judged in (("resnet", "accuracy"), ("efficientnet", "agreement")):
-        for row in part(results, model):
+        for row in by_widths(part(results, model)):
             if row["name"] == "float":
                 yield f"| {model} | | float | | | {percent(row, judged)} |"
             else:
@@ -162,6 +171,14 @@ def adaquant_rows(results):
                     f"| {model} | {row['widths']} | {row['name']} | {fitted} | {row['kl']:.4f} | "
                     f"{percent(row, judged)} |"
                 )
+
+
+def encoder_rows(results):
+    for row in by_widths(part(results, "encoder")):
+        yield (
+            f"| {row.get('widths', '')} | {row['name']} | {row['deviation']:.3f} | "
+            f"{row['wordsim353']:.3f} |"
+        )
 
 
 ATTENTIONS = "softmax, jax.nn", "LLN", "LLN+Diag"
@@ -189,6 +206,26 @@ def decode_rows(results):
         )
 
 
+def convert_rows(results):
+    for row in results["rows"]:  # the first is softmax itself
+        yield (
+            f"| {row['name']} | {row['stage']} | {row.get('stats', '')} | "
+            f"{row.get('constants', '')} | {row['deviation']:.3f} | {row['wordsim353']:.3f} |"
+        )
+
+
+def training_rows(results):
+    judged = {"images": ("accuracy", 100), "plays": ("loss", 1), "reviews": ("accuracy", 100)}
+    rows = {task: list(part(results, task)) for task in judged}
+    for name in dict.fromkeys(row["name"] for row in rows["images"]):
+        cells = []
+        for task, (measure, unit) in judged.items():
+            found = [unit * row[measure] for row in rows[task] if row["name"] == name]
+            digits = 1 if unit == 100 else 3
+            cells.append(f"{mean(found):.{digits}f} ± {stdev(found):.{digits}f}")
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
 def additivity_rows(results):
     for row in part(results, "additivity"):
         yield f"| {row['rank_correlation']:.3f} | {row['median_ratio']:.2f} |"
@@ -202,7 +239,7 @@ def repairs_rows(results):
 
 
 def curve_rows(results):
-    for row in part(results, "curve"):
+    for row in [*part(results, "light"), *part(results, "advanced")[1:]]:
         if row["name"] == "float":
             yield f"| float | 100 | 100 | | | {percent(row, 'accuracy')} |"
         else:
@@ -254,11 +291,13 @@ def landscape_rows(results):
         ("lapq", "recommender", recommender_rows),
         ("landscape", "lapq", landscape_rows),
         ("adaquant", "adaquant", adaquant_rows),
+        ("adaquant", "adaquant", encoder_rows),
         ("pipelines", "pipelines", additivity_rows),
         ("pipelines", "pipelines", curve_rows),
         ("tuning", "pipelines", repairs_rows),
         ("attention", "attention", attention_rows),
         ("attention", "attention", decode_rows),
+        ("attention", "convert_minilm", convert_rows),
     ],
 )
 def test_tables_show_the_committed_results(page, name, rows):

@@ -16,6 +16,8 @@ turns. KL (nats) is that of the logits from the float model's.
   published and sequential.
 * `minilm`: all-MiniLM-L6-v2 at W4A8, 512 sentences: 1 - cosine of the embeddings of 128 others,
   WordSim353, seconds in all, and how many fits were compiled. Parallel: 1000 turns of 512 rows.
+* `encoder`: the same model at four pairs of widths, 128 sentences, 200 turns of 256 rows; LAPQ
+  searches the mean squared error of the embeddings.
 * `efficientnet`: EfficientNet-Lite0, 64 calibration crops of 96 x 96, 200 turns: agreement
   with the float model's top-1 and KL, on 128 crops of other photographs.
 * `grouping`: MiniLM's 24 square matrices, 100 turns of 512 rows each: seconds of one call for all
@@ -85,7 +87,7 @@ class Task(NamedTuple):
 def compare(
     task: Task, widths: Iterable[Widths], methods: Iterable[str], **turns: int
 ) -> Iterator[Row]:
-    """The float model's row, then one for each pair of widths and method."""
+    """The float model's row, then one for each method and pair of widths."""
     run = jax.jit(lnq.quantized(task.apply_fn))
 
     def logits(params: Any, images: np.ndarray) -> jax.Array:
@@ -111,7 +113,7 @@ def compare(
         }
 
     yield {"name": "float", **judge(reference)}
-    for pair, name in product(widths, methods):
+    for name, pair in product(methods, widths):
         draws = task.draws[:1] if name == "LAPQ" else task.draws
         rows = [measure(name, pair, task.calib[chosen]) for chosen in draws]
         yield {"widths": "W{}A{}".format(*pair), "name": name, **mean(rows)}
@@ -166,16 +168,27 @@ def efficientnet(args: argparse.Namespace) -> Iterator[Row]:
     calib, evaluation = net.crops(96, 64, 128)
     params, _ = tuning.fold(apply_fn, variables, calib[:1])
     task = Task(apply_fn, params, calib, [np.arange(64)], evaluation, None, 32)
-    yield from compare(task, ((4, 8), (3, 8), (4, 4), (2, 8)), SIX, steps=200)
+    yield from compare(task, ((4, 8), (4, 4), (3, 8), (2, 8)), SIX, steps=200)
 
 
-def minilm(args: argparse.Namespace) -> Iterator[Row]:
+def embeddings(count: int) -> tuple[Any, Any, Any, Callable[[Any], Row]]:
+    """MiniLM, so many sentences to calibrate with, and how to judge a tree on 128 others."""
     model = example("minilm")
     apply_fn, params = model.load()
     texts = model.sentences()
-    calib, others = model.tokenize(texts[:512]), model.tokenize(texts[512:640])
-    reference, run = jax.jit(apply_fn)(params, others), lnq.quantized(apply_fn)
-    yield {"name": "float", "wordsim353": model.wordsim353(apply_fn, params)}
+    calib, others = model.tokenize(texts[:count]), model.tokenize(texts[512:640])
+    reference, run = jax.jit(apply_fn)(params, others), jax.jit(lnq.quantized(apply_fn))
+
+    def judge(qtree: Any) -> Row:
+        deviation = float(1 - (reference * run(qtree, others)).sum(-1).mean())
+        return {"deviation": deviation, "wordsim353": model.wordsim353(run, qtree)}
+
+    return apply_fn, params, calib, judge
+
+
+def minilm(args: argparse.Namespace) -> Iterator[Row]:
+    apply_fn, params, calib, judge = embeddings(512)
+    yield {"name": "float", **judge(params)}
     compiled: list[str] = []
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
@@ -183,21 +196,23 @@ def minilm(args: argparse.Namespace) -> Iterator[Row]:
             compiled.append(str(kwargs.get("fun_name")))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    methods: Row = {"nearest": {}, "ACIQ": {}, "parallel": LONG, "second order alone": {}}
+    methods: Row = {"nearest": {}, "ACIQ": {}, "parallel": LONG}
     for name, options in methods.items():
         compiled.clear()
-        options = {"mask": real_tokens, **options}
-        qtree, cost = quantize(name, (4, 8), apply_fn, params, calib, **options)
+        qtree, cost = quantize(name, (4, 8), apply_fn, params, calib, mask=real_tokens, **options)
         fits = sum("_fit" in function for function in compiled)
-        embedded = jax.jit(run)(qtree, others)
-        yield {
-            "widths": "W4A8",
-            "name": name,
-            "deviation": float(1 - (reference * embedded).sum(-1).mean()),
-            "wordsim353": model.wordsim353(run, qtree),
-            **cost,
-            "compiled_fits": fits,
-        }
+        yield {"widths": "W4A8", "name": name, **judge(qtree), **cost, "compiled_fits": fits}
+
+
+def encoder(args: argparse.Namespace) -> Iterator[Row]:
+    apply_fn, params, calib, judge = embeddings(128)
+    yield {"name": "float", **judge(params)}
+    masked, short = {"mask": real_tokens}, {"mask": real_tokens, "steps": 200}
+    lapq_options: Row = {"distance": distortion.mse, "batch_size": 32}
+    options = {"LAPQ": lapq_options} | dict.fromkeys(TURNS, short)
+    for name, pair in product((*SIX, "LAPQ"), ((4, 8), (2, 8), (3, 8), (4, 4))):
+        qtree, cost = quantize(name, pair, apply_fn, params, calib, **options.get(name, masked))
+        yield {"widths": "W{}A{}".format(*pair), "name": name, **judge(qtree), **cost}
 
 
 def grouping(args: argparse.Namespace) -> Iterator[Row]:
@@ -230,6 +245,7 @@ PARTS = {
     "draws": draws,
     "calibration": sizes,
     "minilm": minilm,
+    "encoder": encoder,
     "efficientnet": efficientnet,
     "grouping": grouping,
 }
