@@ -1516,8 +1516,9 @@ def tap(
 def tails(apply_fn: ApplyFn, params: Params, *args: Any, **kwargs: Any) -> dict[str, Tail]:
     """What the model does to the output of each site before it meets other values.
 
-    Inside loops only a bias is seen. What differs between examples or places is no part of it: a
-    tail ends there, and that of a site with a leaf along its output's other axes is empty.
+    Inside a loop a leaf counts if it is sliced as the site's own is. What differs between examples
+    or places is no part of it: a tail ends there, and that of a site with a leaf along its output's
+    other axes is empty.
 
     Args:
       apply_fn: ``apply_fn(params, *args, **kwargs)``.

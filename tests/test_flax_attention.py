@@ -354,6 +354,12 @@ def test_what_has_no_linear_form_is_refused(name):
         attention_fn(q, q, q, **{name: jnp.einsum})
 
 
+def test_a_precision_for_each_operand_is_refused():
+    q = numbers((1, 5, 2, HEAD), 1)
+    with pytest.raises(ValueError, match=r"^precision: must be the same"):
+        attention_fn(q, q, q, precision=("default", "highest"))
+
+
 def test_einsums_that_linen_makes_are_refused():
     options = {"qk_attn_weights_einsum_cls": lambda: jnp.einsum}
     with pytest.raises(ValueError, match=r"^qk_attn_weights_einsum: "):
@@ -454,7 +460,12 @@ def test_dtype_is_that_of_the_result(dtype, promote):
 
 
 @pytest.mark.parametrize(
-    ("world", "precision"), [("linen", "highest"), ("nnx", jax.lax.Precision.HIGHEST)]
+    ("world", "precision"),
+    [
+        ("linen", "highest"),
+        ("nnx", jax.lax.Precision.HIGHEST),
+        ("linen", ("highest", "highest")),
+    ],
 )
 def test_precision_is_that_of_every_product(world, precision):
     def products(precision):

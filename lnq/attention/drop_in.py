@@ -74,7 +74,7 @@ def attention_fn(
       dropout_rate: Must be 0 unless deterministic.
       deterministic: Whether there is no dropout.
       dtype: Of queries, keys, values and the result; by default as they are.
-      precision: Of the products, a :class:`jax.lax.Precision` or its name.
+      precision: Of the products, a :class:`jax.lax.Precision`, its name, or two that are equal.
       module: Sows the weights ``[..., h, n, m]`` as "attention_weights", in quadratic time.
       force_fp32_for_softmax: Not used: it always is.
       einsum_dot_general: Must be None.
@@ -170,6 +170,7 @@ REMEDY = {
     "einsum_dot_general": "there is no product of queries and keys to override",
     "qk_attn_weights_einsum": "there is no product of queries and keys to override",
     "attn_weights_value_einsum": "there is no product of weights and values to override",
+    "precision": "must be the same for both operands",
     "alpha": "decoding sees one query and cannot measure; give alpha and beta as in training",
     "segment_ids": "decoding has one segment; mask the keys of others",
     "mask": "one of queries and keys, or of each head, has no linear form; give is_causal=True, "
@@ -237,7 +238,9 @@ def _sow(module: Any, weights: jax.Array) -> None:
 
 
 def _precision(precision: Any) -> AbstractContextManager[Any]:
-    if precision is None:
+    both = set(precision) if isinstance(precision, tuple) else {precision}
+    _refuse(precision=len(both) > 1)
+    (one,) = both
+    if one is None:
         return nullcontext()
-    name = precision.name.lower() if isinstance(precision, jax.lax.Precision) else precision
-    return jax.default_matmul_precision(name)
+    return jax.default_matmul_precision(jax.lax.Precision(one).name.lower())
