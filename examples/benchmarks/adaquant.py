@@ -1,7 +1,8 @@
 """AdaQuant: what second order, fitting and reading the quantized layers gain, and what each costs.
 
-    python examples/benchmarks/adaquant.py resnet calibration --json docs/results/adaquant.json
-    python examples/benchmarks/adaquant.py minilm efficientnet grouping --json same.json
+    python examples/benchmarks/adaquant.py resnet encoder --json docs/results/adaquant.json
+
+Other parts: draws, calibration, minilm, efficientnet, grouping.
 
 WxAy are the widths of weights and data; first and last site have 8 bits; batch-norm is folded.
 `nearest` rounds to nearest on the grids of least squared error; `second order alone` takes no
@@ -12,14 +13,13 @@ turns. KL (nats) is that of the logits from the float model's.
   images, first draw; seconds, mean over the draws, where the first one compiles. Processor seconds
   add up those of all cores: a busy machine changes them less.
 * `draws`: the same with data in 8 bits, six methods, three draws of each.
-* `calibration`: the same at W3A8 with 8 to 512 calibration images, nearest against parallel as
-  published and sequential.
+* `calibration`: the same at W3A8, three methods, with 8 to 512 calibration images.
 * `minilm`: all-MiniLM-L6-v2 at W4A8, 512 sentences: 1 - cosine of the embeddings of 128 others,
   WordSim353, seconds in all, and how many fits were compiled. Parallel: 1000 turns of 512 rows.
-* `encoder`: the same model at four pairs of widths, 128 sentences, 200 turns of 256 rows; LAPQ
-  searches the mean squared error of the embeddings.
-* `efficientnet`: EfficientNet-Lite0, 64 calibration crops of 96 x 96, 200 turns: agreement
-  with the float model's top-1 and KL, on 128 crops of other photographs.
+* `encoder`: the same model at four pairs of widths, six methods, 128 sentences, 200 turns of 256
+  rows.
+* `efficientnet`: EfficientNet-Lite0 at W4A8, three methods, 64 calibration crops of 96 x 96:
+  agreement with the float model's top-1 and KL, on 128 crops of other photographs.
 * `grouping`: MiniLM's 24 square matrices, 100 turns of 512 rows each: seconds of one call for all
   and of a call for each, cold and once more.
 """
@@ -84,9 +84,7 @@ class Task(NamedTuple):
     batch: int
 
 
-def compare(
-    task: Task, widths: Iterable[Widths], methods: Iterable[str], **turns: int
-) -> Iterator[Row]:
+def compare(task: Task, widths: Iterable[Widths], methods: Iterable[str]) -> Iterator[Row]:
     """The float model's row, then one for each method and pair of widths."""
     run = jax.jit(lnq.quantized(task.apply_fn))
 
@@ -102,8 +100,7 @@ def compare(
         return share(np.asarray(out.argmax(-1)) == labels, name)
 
     def measure(name: str, pair: Widths, images: np.ndarray) -> Row:
-        options = turns if name in TURNS else {}
-        qtree, cost = quantize(name, pair, task.apply_fn, task.params, images, **options)
+        qtree, cost = quantize(name, pair, task.apply_fn, task.params, images)
         seen, out = logits(task.params, images), logits(qtree, task.images)
         return {
             "calibration_kl": float(distortion.kl(seen, logits(qtree, images))),
@@ -155,8 +152,8 @@ def draws(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def sizes(args: argparse.Namespace) -> Iterator[Row]:
-    for count in (8, 16, 32, 64, 128, 256, 512):
-        rows = compare(network(args, count), [(3, 8)], ("nearest", "published", "sequential"))
+    for count in (8, 32, 128, 512):
+        rows = compare(network(args, count), [(3, 8)], ("nearest", "sequential", "constrained"))
         next(rows)
         for row in rows:
             yield {"images": count, **row}
@@ -168,7 +165,7 @@ def efficientnet(args: argparse.Namespace) -> Iterator[Row]:
     calib, evaluation = net.crops(96, 64, 128)
     params, _ = tuning.fold(apply_fn, variables, calib[:1])
     task = Task(apply_fn, params, calib, [np.arange(64)], evaluation, None, 32)
-    yield from compare(task, ((4, 8), (4, 4), (3, 8), (2, 8)), SIX, steps=200)
+    yield from compare(task, [(4, 8)], ("nearest", "ACIQ", "published"))
 
 
 def embeddings(count: int) -> tuple[Any, Any, Any, Callable[[Any], Row]]:
@@ -207,11 +204,10 @@ def minilm(args: argparse.Namespace) -> Iterator[Row]:
 def encoder(args: argparse.Namespace) -> Iterator[Row]:
     apply_fn, params, calib, judge = embeddings(128)
     yield {"name": "float", **judge(params)}
-    masked, short = {"mask": real_tokens}, {"mask": real_tokens, "steps": 200}
-    lapq_options: Row = {"distance": distortion.mse, "batch_size": 32}
-    options = {"LAPQ": lapq_options} | dict.fromkeys(TURNS, short)
-    for name, pair in product((*SIX, "LAPQ"), ((4, 8), (2, 8), (3, 8), (4, 4))):
-        qtree, cost = quantize(name, pair, apply_fn, params, calib, **options.get(name, masked))
+    masked: Row = {"mask": real_tokens}
+    for name, pair in product(SIX, ((4, 8), (2, 8), (3, 8), (4, 4))):
+        options = masked | ({"steps": 200} if name in TURNS else {})
+        qtree, cost = quantize(name, pair, apply_fn, params, calib, **options)
         yield {"widths": "W{}A{}".format(*pair), "name": name, **judge(qtree), **cost}
 
 
