@@ -298,6 +298,7 @@ def landscape_rows(results):
         ("attention", "attention", attention_rows),
         ("attention", "attention", decode_rows),
         ("attention", "convert_minilm", convert_rows),
+        ("attention", "training", training_rows),
     ],
 )
 def test_tables_show_the_committed_results(page, name, rows):
