@@ -759,6 +759,7 @@ def likelihood(outputs, batch):
     return cross_entropy(outputs, batch["label"])
 
 
+@pytest.mark.slow
 def test_labels_may_come_with_the_data_in_batches_of_any_size():
     seen = []
     qtree, info = lapq.quantize(

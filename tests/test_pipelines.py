@@ -76,6 +76,7 @@ def divergence(qtree):
 BOTH = pytest.mark.parametrize("pipeline", ["light", "advanced"])
 
 
+@pytest.mark.slow
 @BOTH
 def test_the_whole_file_fits_the_budget_and_is_counted_right(pipeline):
     qtree, info, _ = scored(pipeline)
@@ -185,6 +186,7 @@ def test_swaps_do_not_break_a_coded_budget(tmp_path):
     assert error.value.best > 0.5
 
 
+@pytest.mark.slow
 def test_biases_are_tuned_by_the_distance_that_was_given():
     """One output: the default divergence would see nothing."""
     rng = np.random.default_rng(5)
@@ -212,6 +214,7 @@ def test_biases_are_tuned_by_the_distance_that_was_given():
     assert info.steps[-1].after < 0.99 * info.steps[-1].before
 
 
+@pytest.mark.slow
 def test_fits_are_saved_and_not_made_again():
     apply_fn, variables, x = model()
     saved, said = [], []

@@ -95,6 +95,7 @@ def test_every_stage_computes_the_loss(made):
             np.testing.assert_allclose(got, loss(point, made.data), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_search_that_reuses_prefixes_ends_at_the_same_point_for_less(made):
     state = lapq.begin(made, ps=(2.0, 3.0))
     (plain,), (reused,) = (
