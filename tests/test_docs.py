@@ -152,6 +152,14 @@ def lapq_channels_rows(results):
         )
 
 
+def calibration_rows(results):
+    rows = {(row["name"], row["images"]): row for row in part(results, "calibration")}
+    counts = list(dict.fromkeys(count for _, count in rows))
+    for name in dict.fromkeys(name for name, _ in rows):
+        cells = [f"{rows[name, count]['kl']:.4f}" for count in counts]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
 WIDTHS = "W4A4", "W4A8", "W3A8", "W2A8"
 
 
@@ -292,6 +300,7 @@ def landscape_rows(results):
         ("landscape", "lapq", landscape_rows),
         ("adaquant", "adaquant", adaquant_rows),
         ("adaquant", "adaquant", encoder_rows),
+        ("adaquant", "adaquant", calibration_rows),
         ("pipelines", "pipelines", additivity_rows),
         ("pipelines", "pipelines", curve_rows),
         ("tuning", "pipelines", repairs_rows),
