@@ -98,8 +98,8 @@ def distill(
     state, losses = optimizer.init(layers), []
     for batch in given:
         layers, state, value = step(layers, state, batch)
-        losses.append(float(value))
-    return {**params, **layers}, losses
+        losses.append(value)
+    return {**params, **layers}, [float(value) for value in losses]
 
 
 def compare(steps: int, seed: int) -> Iterator[Row]:

@@ -71,11 +71,13 @@ def held_out(model: nn.Module, variables: Any, text: np.ndarray) -> float:
     starts = np.linspace(0, len(text) - LENGTH - 1, 512).astype(int)
 
     @jax.jit
-    def nats(batch: Any) -> jax.Array:
+    def nats(variables: Any, batch: Any) -> jax.Array:
         logits: Any = model.apply(variables, batch[0])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[2]).mean()
 
-    return float(np.mean([nats(cut(text, part, LENGTH)) for part in np.split(starts, 8)]))
+    return float(
+        np.mean([nats(variables, cut(text, part, LENGTH)) for part in np.split(starts, 8)])
+    )
 
 
 def write(

@@ -44,7 +44,6 @@ from lnq.widths import site_widths
 
 Row = dict[str, Any]
 Widths = tuple[int, int]
-DEBIAN = "/usr/share/datasets/fashion-mnist"
 
 METHODS: dict[str, Callable[..., Any]] = {
     "nearest": partial(adaquant.quantize, second_order=False, steps=0, sequential=False),

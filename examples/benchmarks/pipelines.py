@@ -33,7 +33,6 @@ from lnq.demo.resnet import ResNet
 from lnq.pipelines import Scored
 
 Row = dict[str, Any]
-DEBIAN = "/usr/share/datasets/fashion-mnist"
 DOCS = Path(__file__).parents[2] / "docs"
 BUDGETS = (0.08, 0.09, 0.1, 0.11, 0.13, 0.16, 0.2, 0.25)
 UNIFORM = (2, 3, 4, 6, 8)

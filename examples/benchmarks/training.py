@@ -40,7 +40,6 @@ from lnq.attention import concentration
 from lnq.demo.data import read_fashion_mnist
 
 Row = dict[str, Any]
-DEBIAN = "/usr/share/datasets/fashion-mnist"
 WIDTH, SEEDS, LOOKS = 64, 3, 9
 shakespeare, texts, transformer = map(example, ("shakespeare", "texts", "transformer"))
 
@@ -85,7 +84,8 @@ def train(task: Task, kind: Any, seed: int) -> Row:
     for number in range(task.steps + 1):
         if number in looks:
             values = judge(params, kept, batch)[0]
-            curve.append({"step": number, "loss": float(values), **look(task, kind, params, kept)})
+            seen = look(task, kind, model, params, kept)
+            curve.append({"step": number, "loss": float(values), **seen})
         if number < task.steps:
             params, kept, opt_state, _ = step(params, kept, opt_state, task.draw(rng))
     found = np.mean([judge(params, kept, batch) for batch in task.test], 0)
@@ -100,10 +100,9 @@ def test_batch(model: nn.Module, params: Any, kept: Any, batch: Any) -> jax.Arra
     return jnp.stack([losses.mean(), (logits.argmax(-1) == labels).mean()])
 
 
-def look(task: Task, kind: Any, params: Any, kept: Any) -> Row:
+def look(task: Task, kind: Any, model: nn.Module, params: Any, kept: Any) -> Row:
     """Entropy and gap of each layer."""
     x, key_mask, _ = jax.tree.map(lambda part: part[:16], task.test[0])
-    model = task.model(partial(kind.attention, causal=task.causal))
     capture: Any = {
         "capture_intermediates": lambda module, _: module.name in ("query", "key"),
         "mutable": ["intermediates"],

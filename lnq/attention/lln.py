@@ -25,7 +25,7 @@ from causality, and padding is no part of statistics; packed segments; half prec
 float32; alpha and beta per head, per example or given. Defaults are the paper's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -418,10 +418,10 @@ def _causal(
     tokens: _Tokens,
     chunk_size: int,
     *,
-    mean: bool = True,
+    finish: Callable[[_Part], Any] = _mean,
     strict: bool = False,
 ) -> tuple[Any, State]:
-    """Mean values ``[..., n, g, r, e]``, or sums, of the keys up to each query, or before it."""
+    """What ``finish`` makes of the keys up to each query, or before it, ``[..., n, g, r, e]``."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size: must be at least 1, not {chunk_size}")
     size = k.shape[-3]
@@ -429,7 +429,7 @@ def _causal(
     state = State(*(a.astype(y.dtype) for a in state))
 
     def done(part: _Part) -> Any:
-        return jax.tree.map(_length_first, _mean(part) if mean else part)
+        return jax.tree.map(_length_first, finish(part))
 
     if not size:
         return done(_read(state, _heads_first(x))), state
@@ -633,10 +633,11 @@ def _from_both_ends(
     chunk_size: int,
 ) -> jax.Array:
     """The keys up to each query and the keys behind it."""
-    up_to = _from_start(q, k, v, alpha, beta, tokens, chunk_size, mean=False)
+    sums: Any = {"finish": lambda part: part}
+    up_to = _from_start(q, k, v, alpha, beta, tokens, chunk_size, **sums)
     q, k, v = (jnp.flip(a, -3) for a in (q, k, v))
     tokens = jax.tree.map(partial(jnp.flip, axis=-1), tokens)
-    behind = _from_start(q, k, v, alpha, beta, tokens, chunk_size, mean=False, strict=True)
+    behind = _from_start(q, k, v, alpha, beta, tokens, chunk_size, strict=True, **sums)
     return _mean(_join(up_to, _Part(*(jnp.flip(a, -4) for a in behind))))
 
 
