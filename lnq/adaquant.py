@@ -79,6 +79,9 @@ HELD_OUT = 10
 CHUNKS = 10
 """How often the rows held out are looked at."""
 
+LOOKED_AT = 2**22
+"""About so many entries of a layer's data choose its grid."""
+
 
 # One layer.
 
@@ -144,8 +147,10 @@ class Rates(NamedTuple):
 RATES = Rates()
 
 
-@partial(jax.jit, static_argnames=("axes", "clip"))
-def best_grid(x: jax.Array, bits: ArrayLike, axes: tuple[int, ...], clip: bool = True) -> QParams:
+@partial(jax.jit, static_argnames=("axes", "clip", "stride"))
+def best_grid(
+    x: jax.Array, bits: ArrayLike, axes: tuple[int, ...], clip: bool = True, stride: int = 1
+) -> QParams:
     """The grid of least squared error among 32 that span 25 to 100 % of the range.
 
     Args:
@@ -153,6 +158,8 @@ def best_grid(x: jax.Array, bits: ArrayLike, axes: tuple[int, ...], clip: bool =
       bits: Width; bits, whole; may be traced.
       axes: Axes along which a grid runs.
       clip: Whether the range may be cut; without, the grid spans it.
+      stride: Errors are those of one in so many entries along the last axis but one, which must
+        be of ``axes``; the range is that of all.
 
     Example:
       >>> x = jnp.append(jnp.linspace(-1.0, 1.0, 1000), 3.0)
@@ -164,9 +171,11 @@ def best_grid(x: jax.Array, bits: ArrayLike, axes: tuple[int, ...], clip: bool =
     if not clip:
         return affine_grid(low, high, bits)
 
+    some = x[..., ::stride, :] if stride > 1 else x
+
     def error(share: jax.Array) -> jax.Array:
-        rounded = fake_quant(x, affine_grid(share * low, share * high, bits))
-        return jnp.mean((rounded - x) ** 2, axes, keepdims=True)
+        rounded = fake_quant(some, affine_grid(share * low, share * high, bits))
+        return jnp.mean((rounded - some) ** 2, axes, keepdims=True)
 
     shares = jnp.linspace(1.0, 0.25, 32)
     best = shares[jnp.argmin(lax.map(error, shares), 0)]
@@ -216,7 +225,8 @@ def begin(
       clip: As in :func:`best_grid`.
       damping: As in :func:`~lnq.feedback.second_moment`.
     """
-    act = best_grid(layer.x, jnp.maximum(layer.act_bits, 1), (0, 1, 2), clip)
+    stride = max(layer.x.size // LOOKED_AT, 1)
+    act = best_grid(layer.x, jnp.maximum(layer.act_bits, 1), (0, 1, 2), clip, stride)
     grid = best_grid(layer.w, layer.weight_bits, (1,), clip)
     zero = jnp.zeros_like(layer.shift)
     nearest = Fit(layer.w, grid.scale, grid.zero_point, act.scale, act.zero_point, zero)
@@ -429,7 +439,7 @@ class Problem(NamedTuple):
       sites: Its sites.
       layers: Those that can be fitted, by name, in forward order.
       left: Why the others are rounded to nearest, by name.
-      sufficiency: Rows of data that the calibration set has for each input of a layer.
+      sufficiency: Rows of data for each input of a layer.
       floats: The float model in the structure of :func:`place`.
       tails: What the model does to each site's output.
       biases: The leaf that the bias of a layer is in, by name, where there is one.
@@ -534,7 +544,7 @@ def problem(
         sites=found,
         layers=layers,
         left=left,
-        sufficiency={name: _sufficiency(site, batches) for name, site in layers.items()},
+        sufficiency={n: _sufficiency(site, batches, most[n]) for n, site in layers.items()},
         floats=_floats(params, layers.values()),
         tails=tails,
         biases=_biases(layers, tails, leaves, found.uses),
@@ -554,10 +564,11 @@ def _left(found: Sites) -> dict[str, str]:
     return {name: why for name, why in reasons.items() if why} | shared
 
 
-def _sufficiency(site: Site, batches: Sequence[Any]) -> float:
+def _sufficiency(site: Site, batches: Sequence[Any], most: int) -> float:
     examples = [calibration.batch_size(batch) for batch in batches]
     inputs = prod(site.shape[i] for i in site.contracting)
-    return matrices.count_rows(site) / inputs * sum(examples) / examples[0]
+    rows, share = matrices.count_rows(site) / examples[0], max(most // len(batches), 1)
+    return sum(min(rows * count, share) for count in examples) / inputs
 
 
 def _row_bytes(site: Site) -> int:
@@ -937,7 +948,8 @@ def _warn_of_few_rows(made: Problem, names: Iterable[str]) -> None:
     if few:
         warnings.warn(
             f"calib: fewer than two rows of data for each input of {', '.join(few)}; "
-            "give more examples, or weights='fixed' and second_order=False",
+            "give more examples (or raise rows or memory, where these bound them), "
+            "or weights='fixed' and second_order=False",
             stacklevel=3,
         )
 

@@ -326,6 +326,7 @@ def light(
     *,
     budget: float = 0.13,
     coded: bool = False,
+    time_limit: float | None = None,
     scored: Scored | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -338,6 +339,7 @@ def light(
       calib: Unlabelled examples, a few hundred.
       budget: Size of the result as a fraction of the float32 model's.
       coded: Whether the size is that of the ``.lnq`` file; otherwise of codes of fixed length.
+      time_limit: Seconds for the integer program, as in :func:`lnq.allocation.allocate_bits`.
       scored: From :func:`score`, or of an earlier call for another budget: nothing is fitted anew.
       progress: Called as work proceeds.
       **options: Those of :func:`score`.
@@ -347,6 +349,7 @@ def light(
 
     Raises:
       UnreachableError: If no choice of widths is small enough; ``best`` is the least fraction.
+      TimeoutError: If the program finds nothing within the time limit.
       ValueError: As :func:`score`.
 
     Example:
@@ -360,7 +363,7 @@ def light(
     if scored is None:
         plain: Any = {"second_order": False, "steps": 0, "weights": "fixed"}
         scored = score(apply_fn, params, calib, progress=progress, **(plain | options))
-    chosen, found, step = _allocate(scored, budget, coded, swaps=0)
+    chosen, found, step = _allocate(scored, budget, coded, time_limit, swaps=0)
     qtree = _hard(scored, chosen, _stitched(scored, chosen))
     qtree, repaired = _repaired(scored, qtree, ("reconstruct",), progress)
     return qtree, _info(scored, chosen, found, (step, *repaired), qtree, coded)
@@ -375,6 +378,7 @@ def advanced(
     coded: bool = False,
     refit: bool = True,
     swaps: int = 30,
+    time_limit: float | None = None,
     scored: Scored | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -390,6 +394,7 @@ def advanced(
       refit: Whether layers are fitted once more, in sequence; without, as published, they are put
         together as each was fitted by itself.
       swaps: Evaluations of the loss that exchanges of widths between layers may take.
+      time_limit: As in :func:`light`.
       scored: As in :func:`light`.
       progress: Called as work proceeds.
       **options: Those of :func:`score`.
@@ -398,12 +403,12 @@ def advanced(
       The tree for :func:`~lnq.sites.quantized`, and :class:`PipelineInfo`.
 
     Raises:
-      UnreachableError: As in :func:`light`.
+      UnreachableError, TimeoutError: As in :func:`light`.
       ValueError: As :func:`score`.
     """
     if scored is None:
         scored = score(apply_fn, params, calib, progress=progress, **options)
-    chosen, found, step = _allocate(scored, budget, coded, swaps)
+    chosen, found, step = _allocate(scored, budget, coded, time_limit, swaps)
     fits, steps = _stitched(scored, chosen), [step]
     if refit:
         again = _refitted(scored, chosen, progress)
@@ -422,7 +427,7 @@ def _float_bytes(scored: Scored) -> int:
 
 
 def _allocate(
-    scored: Scored, budget: float, coded: bool, swaps: int
+    scored: Scored, budget: float, coded: bool, time_limit: float | None, swaps: int
 ) -> tuple[dict[str, tuple[int, int]], Allocation, Step]:
     """Widths within the budget, and what the loss is there."""
     scores, most = scored.scores, budget * _float_bytes(scored)
@@ -432,10 +437,10 @@ def _allocate(
         chosen = _chosen(scored, choice)
         return _bytes(_hard(scored, chosen, _stitched(scored, chosen)), coded) - most
 
-    choice, found = _solved(scored, room, budget, coded)
+    choice, found = _solved(scored, room, budget, coded, time_limit)
     while coded and (excess := over(choice)) > 0:
         room -= excess
-        choice, found = _solved(scored, room, budget, coded)
+        choice, found = _solved(scored, room, budget, coded, time_limit)
     if swaps:
         swapped, *_ = allocation.local_search(
             choice,
@@ -451,11 +456,12 @@ def _allocate(
 
 
 def _solved(
-    scored: Scored, room: float, budget: float, coded: bool
+    scored: Scored, room: float, budget: float, coded: bool, time_limit: float | None
 ) -> tuple[np.ndarray, Allocation]:
     scores = scored.scores
     try:
-        return allocation.allocate_bits(scores.loss, scores.cost[int(coded)], room)
+        cost = scores.cost[int(coded)]
+        return allocation.allocate_bits(scores.loss, cost, room, time_limit=time_limit)
     except UnreachableError as error:
         smallest = _chosen(scored, np.argmin(scores.cost[int(coded)], 1))
         qtree = _hard(scored, smallest, _stitched(scored, smallest))

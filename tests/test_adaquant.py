@@ -160,21 +160,24 @@ MIXED = np.stack(
 ).astype(np.float32)
 
 
-best_grid = jax.jit(functools.partial(adaquant.best_grid, axes=(0,)), static_argnames="clip")
+best_grid = jax.jit(
+    functools.partial(adaquant.best_grid, axes=(0,)), static_argnames=("clip", "stride")
+)
 
 
-def test_the_best_grid_is_the_best_of_32_for_each_channel():
+@pytest.mark.parametrize("stride", [1, 4])
+def test_the_best_grid_is_the_best_of_32_for_each_channel(stride):
     bits, x = 3, np.float64(MIXED)
-    grid = best_grid(MIXED, bits)
+    grid = best_grid(MIXED, bits, stride=stride)
     errors = []
     for share in np.linspace(1.0, 0.25, 32):
         low, high = share * np.minimum(x.min(0), 0.0), share * np.maximum(x.max(0), 0.0)
         step = np.where(high > low, (high - low) / (2**bits - 1), 1.0)
         offset = -(2 ** (bits - 1)) - np.round(low / step)
         codes = np.clip(np.round(x / step + offset), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        errors.append((((codes - offset) * step - x) ** 2).mean(0))
+        errors.append((((codes - offset) * step - x) ** 2)[::stride].mean(0))
     rounded = oracles.dequantize(oracles.quantize(MIXED, grid), grid)
-    found = ((rounded - x) ** 2).mean(0)
+    found = ((rounded - x) ** 2)[::stride].mean(0)
     np.testing.assert_allclose(found, np.min(errors, 0), rtol=1e-3, atol=1e-12)
     assert found[3] < 1e-12  # a constant is a level
     assert found[4] == 0.0
@@ -1127,6 +1130,13 @@ def test_a_model_without_products_is_named():
 def test_too_few_rows_are_a_warning_that_names_the_layer():
     with pytest.raises(UserWarning, match="fewer than two rows of data for each input of w;"):
         adaquant.quantize(linear, LINEAR, normal(1, 11, 6))
+
+
+def test_rows_that_are_not_sampled_do_not_count():
+    batches = [normal(i, count, 6) for i, count in enumerate((100, 3, 100))]
+    made = adaquant.problem(linear, LINEAR, batches, rows=17)
+    assert made.sample(("w",), made.floats)["w"].shape == (1, 1, 5 + 3 + 5, 6)
+    assert made.sufficiency == {"w": 13 / 6}
 
 
 def test_one_row_moves_grids_but_no_weights_and_is_no_warning_if_asked_for_as_the_warning_says():

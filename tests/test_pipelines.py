@@ -154,6 +154,13 @@ def test_a_budget_out_of_reach_says_what_can_be_reached():
     assert info.fraction == pytest.approx(error.value.best, rel=1e-3)
 
 
+@BOTH
+def test_the_program_has_a_time_limit(pipeline):
+    found = scored("light")[1].scored
+    with pytest.raises(ValueError, match="time_limit: must be more than 0 seconds, not 0"):
+        getattr(pipelines, pipeline)(*model(), scored=found, time_limit=0)
+
+
 def test_a_coded_budget_bounds_the_file(tmp_path):
     apply_fn, variables, x = model()
     size = 4 * sum(w.size for w in jax.tree.leaves(variables))

@@ -18,8 +18,9 @@ turns. KL (nats) is that of the logits from the float model's.
   WordSim353, seconds in all, and how many fits were compiled. Parallel: 1000 turns of 512 rows.
 * `encoder`: the same model at four pairs of widths, six methods, 128 sentences, 200 turns of 256
   rows.
-* `efficientnet`: EfficientNet-Lite0 at W4A8, three methods, 64 calibration crops of 96 x 96:
-  agreement with the float model's top-1 and KL, on 128 crops of other photographs.
+* `efficientnet`: EfficientNet-Lite0 at four pairs of widths, six methods, 100 turns, 128
+  calibration crops of 96 x 96: agreement with the float model's top-1 and KL, on 128 crops of
+  other photographs.
 * `grouping`: MiniLM's 24 square matrices, 100 turns of 512 rows each: seconds of one call for all
   and of a call for each, cold and once more.
 """
@@ -83,7 +84,9 @@ class Task(NamedTuple):
     batch: int
 
 
-def compare(task: Task, widths: Iterable[Widths], methods: Iterable[str]) -> Iterator[Row]:
+def compare(
+    task: Task, widths: Iterable[Widths], methods: Iterable[str], **turns: Any
+) -> Iterator[Row]:
     """The float model's row, then one for each method and pair of widths."""
     run = jax.jit(lnq.quantized(task.apply_fn))
 
@@ -99,7 +102,8 @@ def compare(task: Task, widths: Iterable[Widths], methods: Iterable[str]) -> Ite
         return share(np.asarray(out.argmax(-1)) == labels, name)
 
     def measure(name: str, pair: Widths, images: np.ndarray) -> Row:
-        qtree, cost = quantize(name, pair, task.apply_fn, task.params, images)
+        options = turns if name in TURNS else {}
+        qtree, cost = quantize(name, pair, task.apply_fn, task.params, images, **options)
         seen, out = logits(task.params, images), logits(qtree, task.images)
         return {
             "calibration_kl": float(distortion.kl(seen, logits(qtree, images))),
@@ -161,10 +165,10 @@ def sizes(args: argparse.Namespace) -> Iterator[Row]:
 def efficientnet(args: argparse.Namespace) -> Iterator[Row]:
     net = example("efficientnet")
     apply_fn, variables = net.load()
-    calib, evaluation = net.crops(96, 64, 128)
+    calib, evaluation = net.crops(96, 128, 128)
     params, _ = tuning.fold(apply_fn, variables, calib[:1])
-    task = Task(apply_fn, params, calib, [np.arange(64)], evaluation, None, 32)
-    yield from compare(task, [(4, 8)], ("nearest", "ACIQ", "published"))
+    task = Task(apply_fn, params, calib, [np.arange(128)], evaluation, None, 32)
+    yield from compare(task, ((4, 8), (4, 4), (3, 8), (2, 8)), SIX, steps=100)
 
 
 def embeddings(count: int) -> tuple[Any, Any, Any, Callable[[Any], Row]]:
