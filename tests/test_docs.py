@@ -258,6 +258,15 @@ def curve_rows(results):
             )
 
 
+def curve_efficientnet_rows(results):
+    parts = (part(results, f"{name}_efficientnet") for name in ("light", "advanced"))
+    for row in (row for rows in parts for row in rows if row["name"] != "float"):
+        yield (
+            f"| {row['name']} | {100 * row['fraction']:.1f} | {100 * row['paper_fraction']:.1f} | "
+            f"{row['kl']:.3f} | {percent(row, 'agreement')} |"
+        )
+
+
 def recommender_rows(results):
     for row in results["rows"]:
         cost = f"{row['cost']:.0f}" if "cost" in row else ""
@@ -303,6 +312,7 @@ def landscape_rows(results):
         ("adaquant", "adaquant", calibration_rows),
         ("pipelines", "pipelines", additivity_rows),
         ("pipelines", "pipelines", curve_rows),
+        ("pipelines", "pipelines", curve_efficientnet_rows),
         ("tuning", "pipelines", repairs_rows),
         ("attention", "attention", attention_rows),
         ("attention", "attention", decode_rows),
