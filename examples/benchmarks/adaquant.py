@@ -19,7 +19,7 @@ turns. KL (nats) is that of the logits from the float model's.
   WordSim353, seconds in all, and how many fits were compiled. Parallel: 1000 turns of 512 rows.
 * `encoder`: the same model at four pairs of widths, seven methods, 128 sentences, 200 turns of 256
   rows; LAPQ's loss is 1 - cosine.
-* `efficientnet`: EfficientNet-Lite0 at four pairs of widths, six methods, 100 turns, 128
+* `efficientnet`: EfficientNet-Lite0 at four pairs of widths, seven methods, 100 turns, 128
   calibration crops of 96 x 96: agreement with the float model's top-1 and KL, on 128 crops of
   other photographs.
 * `grouping`: MiniLM's 24 square matrices, 100 turns of 512 rows each: seconds of one call for all
@@ -55,6 +55,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "parallel": partial(adaquant.quantize, sequential=False),
     "sequential without second order": partial(adaquant.quantize, second_order=False),
     "second order alone": partial(adaquant.quantize, steps=0),
+    "second order, damping 1": partial(adaquant.quantize, steps=0, damping=1.0),
     "sequential": adaquant.quantize,
     "constrained": partial(adaquant.quantize, weights="constrained"),
 }
@@ -170,7 +171,8 @@ def efficientnet(args: argparse.Namespace) -> Iterator[Row]:
     calib, evaluation = net.crops(96, 128, 128)
     params, _ = tuning.fold(apply_fn, variables, calib[:1])
     task = Task(apply_fn, params, calib, [np.arange(128)], evaluation, None, 32)
-    yield from compare(task, ((4, 8), (4, 4), (3, 8), (2, 8)), SIX, turns=100)
+    methods = *SIX, "second order, damping 1"
+    yield from compare(task, ((4, 8), (4, 4), (3, 8), (2, 8)), methods, turns=100)
 
 
 def embeddings(count: int) -> tuple[Any, Any, Any, Callable[[Any], Row]]:
