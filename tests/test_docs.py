@@ -336,7 +336,7 @@ def test_tables_show_the_committed_results(page, name, rows):
         ("second order alone", "ACIQ"),
     ],
 )
-@pytest.mark.parametrize("widths", ["W4A4", "W2A8"])
+@pytest.mark.parametrize("widths", WIDTHS)
 def test_methods_rank_as_the_page_says_over_three_draws(widths, better, worse):
     """By the divergence on calibration images, of the committed results."""
     results = json.loads((ROOT / "docs" / "results" / "adaquant.json").read_text())
