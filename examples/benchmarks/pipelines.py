@@ -115,25 +115,27 @@ def outcome(qtree: Any, info: pipelines.PipelineInfo, of: Callable[[Any], Row]) 
 
 
 def curve(
-    load: Callable[[argparse.Namespace], Model], name: str, args: argparse.Namespace
+    load: Callable[[argparse.Namespace], Model],
+    method: Callable[..., Any],
+    args: argparse.Namespace,
 ) -> Iterator[Row]:
     """A pipeline at all budgets, then with one width for all layers, then with the paper's two."""
-    model = load(args)
-    options = model.advanced if name == "advanced" else {}
-    method = partial(getattr(pipelines, name), *model[:3], **options)
+    model, name = load(args), method.__name__
+    options = model.advanced if method is pipelines.advanced else {}
+    run = partial(method, model.apply_fn, model.variables, model.calib, **options)
     yield {"name": "float", **model.judge(model.variables)}
     scored = None
     for budget in model.budgets:
         begun = time.perf_counter()
-        qtree, info = method(budget=budget, scored=scored)
+        qtree, info = run(budget=budget, scored=scored)
         scored, seconds = info.scored, time.perf_counter() - begun
         cost = {"name": name, "budget": budget, "seconds": seconds}
         yield cost | outcome(qtree, info, model.judge)
     for bits in model.uniform:
-        qtree, info = method(budget=1.0, choices=((bits, 8),))
+        qtree, info = run(budget=1.0, choices=((bits, 8),))
         yield {"name": f"{name}, one width"} | outcome(qtree, info, model.judge)
     if model.two:
-        qtree, info = method(budget=model.two, choices=pipelines.PUBLISHED)
+        qtree, info = run(budget=model.two, choices=pipelines.PUBLISHED)
         yield {"name": f"{name}, 8/8 and 4/4"} | outcome(qtree, info, model.judge)
 
 
@@ -142,7 +144,7 @@ def additivity(args: argparse.Namespace) -> Iterator[Row]:
 
     model = resnet(args)
     options: Any = {"second_order": False, "steps": 0, "weights": "fixed"}
-    scored = pipelines.score(*model[:3], **options)
+    scored = pipelines.score(model.apply_fn, model.variables, model.calib, **options)
     predicted, measured = np.array(list(random_losses(scored, 50))).T
     yield {
         "rank_correlation": float(np.asarray(spearmanr(predicted, measured))[0]),
@@ -198,10 +200,10 @@ def repairs(args: argparse.Namespace) -> Iterator[Row]:
 
 
 PARTS = {
-    "light": partial(curve, resnet, "light"),
-    "advanced": partial(curve, resnet, "advanced"),
-    "light_efficientnet": partial(curve, efficientnet, "light"),
-    "advanced_efficientnet": partial(curve, efficientnet, "advanced"),
+    "light": partial(curve, resnet, pipelines.light),
+    "advanced": partial(curve, resnet, pipelines.advanced),
+    "light_efficientnet": partial(curve, efficientnet, pipelines.light),
+    "advanced_efficientnet": partial(curve, efficientnet, pipelines.advanced),
     "additivity": additivity,
     "repairs": repairs,
 }
