@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -153,6 +154,7 @@ def _bins(x: jax.Array) -> jax.Array:
     return jnp.where((x < 0.0) & (places > 0), places + BINS, places)
 
 
+@partial(jax.jit, static_argnames="axes", inline=True)
 def observe(x: jax.Array, axes: tuple[int, ...], mask: jax.Array | None = None) -> ActStats:
     """Statistics of one array.
 
@@ -222,6 +224,7 @@ POOLED = Stat(lambda x, site: observe(x, ()), _nothing, merge)
 """For :func:`~lnq.sites.tap`: statistics of all data at a site as one channel."""
 
 
+@partial(jax.jit, inline=True)
 def pooled(stats: ActStats) -> ActStats:
     """All channels as one; ``[l.., c]`` to ``[l.., 1]``."""
     count = jnp.sum(stats.count, -1, keepdims=True)

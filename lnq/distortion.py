@@ -3,6 +3,8 @@
 The measures take ``(reference, x)`` of equal shape.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -23,6 +25,7 @@ def wide(x: jax.Array) -> jax.Array:
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
+@partial(jax.jit, static_argnames="axes", inline=True)
 def l2_norm(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
     """Euclidean norm over ``axes`` (kept as 1; all and dropped by default), value units.
 
@@ -50,6 +53,7 @@ def lp_error(reference: jax.Array, x: jax.Array, p: float) -> jax.Array:
     return jnp.mean(jnp.abs(wide(reference) - wide(x)) ** p)
 
 
+@partial(jax.jit, inline=True)
 def cosine_distance(reference: jax.Array, x: jax.Array) -> jax.Array:
     r"""One minus the cosine of the angle between the flattened arrays, in [0, 2].
 
@@ -65,6 +69,7 @@ def cosine_distance(reference: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(a_zero ^ b_zero, 1.0, 0.5 * jnp.sum((a - b) ** 2))
 
 
+@partial(jax.jit, inline=True)
 def sqnr_db(reference: jax.Array, x: jax.Array) -> jax.Array:
     """Signal to quantization-noise ratio, decibels; infinite where ``x`` is exact.
 
@@ -81,6 +86,7 @@ def top1_agreement(reference: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.mean(reference.argmax(-1) == x.argmax(-1), dtype=jnp.float32)
 
 
+@partial(jax.jit, inline=True)
 def kl(reference: jax.Array, x: jax.Array) -> jax.Array:
     """Divergence KL(softmax(reference) || softmax(x)) over the last axis, mean of rows, nats.
 

@@ -8,6 +8,7 @@ A quantized model is the same parameter tree with some leaves replaced by :class
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -146,6 +147,7 @@ def make_qparams(
     return QParams(*(x.reshape((1,) * (rank - x.ndim) + x.shape) for x in fields))
 
 
+@partial(jax.jit, inline=True)
 def affine_grid(low: ArrayLike, high: ArrayLike, bits: ArrayLike) -> QParams:
     r"""The grid of :math:`2^M` levels that spans an interval and has a level at zero.
 
@@ -173,6 +175,7 @@ def affine_grid(low: ArrayLike, high: ArrayLike, bits: ArrayLike) -> QParams:
     return make_qparams(scale, zero_point=zero_point, qmin=qmin, qmax=levels + qmin - 1.0)
 
 
+@partial(jax.jit, static_argnames="dtype", inline=True)
 def quantize(x: jax.Array, qparams: QParams, dtype: DTypeLike = jnp.int32) -> QTensor:
     """Round ``x`` to the nearest code, ties to even, and clip to the range.
 
@@ -191,6 +194,7 @@ def quantize(x: jax.Array, qparams: QParams, dtype: DTypeLike = jnp.int32) -> QT
     return QTensor(codes.astype(dtype), qparams, dtype=x.dtype)
 
 
+@partial(jax.jit, inline=True)
 def fake_quant(x: jax.Array, qparams: QParams) -> jax.Array:
     """Quantize and dequantize, with gradients that training and searching can use.
 
@@ -211,6 +215,7 @@ def fake_quant(x: jax.Array, qparams: QParams) -> jax.Array:
     return _values(codes, qparams).astype(x.dtype)
 
 
+@partial(jax.jit, static_argnames=("axes", "norm"), inline=True)
 def match_moments(
     x: jax.Array, rounded: jax.Array, axes: tuple[int, ...], *, norm: bool = True
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -246,6 +251,7 @@ def match_moments(
     )
 
 
+@partial(jax.jit, static_argnames=("axes", "norm"), inline=True)
 def correct_bias(x: jax.Array, q: QTensor, axes: tuple[int, ...], *, norm: bool = True) -> QTensor:
     r"""Give each channel of rounded weights the mean and the norm of the original.
 
@@ -280,21 +286,18 @@ def dequantize(qtree: Any) -> Any:
       >>> dequantize({"kernel": leaf, "bias": 3})
       {'bias': 3, 'kernel': Array([0.5, 1. ], dtype=float32)}
     """
-
     return jax.tree.map(
-        lambda x: _dequantize(x) if is_quantized(x) else x, qtree, is_leaf=is_quantized
+        lambda x: dequantize_array(x) if is_quantized(x) else x, qtree, is_leaf=is_quantized
     )
 
 
+@partial(jax.jit, inline=True)
 def dequantize_array(leaf: QTensor | FakeQuantTensor) -> jax.Array:
     """The float array of one quantized leaf."""
     if isinstance(leaf, QTensor):
         return _values(leaf.codes.astype(jnp.float32), leaf.qparams).astype(leaf.dtype)
     values = leaf.values if leaf.qparams is None else fake_quant(leaf.values, leaf.qparams)
     return values.astype(leaf.dtype)
-
-
-_dequantize = jax.jit(dequantize_array)
 
 
 def narrow(leaf: QTensor) -> QTensor:
