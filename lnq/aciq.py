@@ -634,6 +634,7 @@ def _row(
     status, reason = _status(site, q, act, _reached(found, site))
     power = jnp.mean(stats.squares / jnp.maximum(stats.count, 1.0) + stats.mean**2)
     noise = None if act is None or q is None else jnp.mean(act.error)
+    sqnr = np.inf if q is None else distortion.sqnr_db(w, dequantize_array(q))
     edge = None if act is None else (act.flat.qmax - act.flat.zero_point) * act.flat.scale
     return SiteRow(
         path=site.path,
@@ -645,16 +646,11 @@ def _row(
         act_bits=32.0 if noise is None or act is None else float(act.flat.bits.mean()),
         clip=float("inf") if noise is None or edge is None else float(edge.max()),
         distribution="" if noise is None or act is None else act.distribution,
-        weight_sqnr=float("inf") if q is None else float(_sqnr(w, q)),
+        weight_sqnr=float(sqnr),
         act_sqnr=float("inf") if noise is None else float(10.0 * jnp.log10(power / noise)),
         status=status,
         reason=reason,
     )
-
-
-@jax.jit
-def _sqnr(w: jax.Array, q: QTensor) -> jax.Array:
-    return distortion.sqnr_db(w, dequantize_array(q))
 
 
 def _status(site: Site, q: QTensor | None, act: _Act | None, reached: bool) -> tuple[str, str]:
